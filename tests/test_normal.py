@@ -1,4 +1,7 @@
-"""The start from the normal distribution of noisy data: the flow from very high noise, and what it is computed from."""
+"""The start and the steps for data whose covariance is known: exact for normal data, of the right order for others."""
+
+import itertools
+import math
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ MEAN = [0.5, -2.0, 0.1]
 COSINES = Cosines(torch.zeros(1, *SHAPE))
 SPECTRUM = [9 / (1 + i) for i in range(COSINES.bands)]
 VARIANCES = COSINES.spread(torch.tensor([SPECTRUM]))
+MOMENTS = {"data_mean": MEAN, "data_spectrum": SPECTRUM}
 MIDDLE = torch.tensor(MEAN).view(-1, 1, 1)
 
 
@@ -22,13 +26,60 @@ def normal_score(x, sigma):
     return COSINES.inverse(COSINES.transform(MIDDLE - x) / (VARIANCES + sigma**2))
 
 
+@pytest.mark.parametrize(("method", "order"), [("dpm-solver++", 1), ("dpm-solver++", 3), ("unipc", 2)])
+@pytest.mark.parametrize("eta", [0.0, 1.5])
+def test_normal_data_are_exact_on_any_levels(method, order, eta):
+    z, *new = torch.randn(3, 5, *SHAPE, generator=seed(0))
+    sampler = ODESampler(
+        normal_score, sigmas=[3, 0.7, 0.05], method=method, order=order, eta=eta, denoise=False, **MOMENTS
+    )
+    expected, noise = z, iter(new)
+    for high, low in itertools.pairwise(sampler.schedule):  # in units of the deviations at the level
+        ratio = ((VARIANCES + low**2) / (VARIANCES + high**2)) ** eta
+        fresh = COSINES.transform(next(noise)) * (1 - ratio).sqrt()
+        expected = COSINES.inverse(COSINES.transform(expected) * ratio.sqrt() + fresh)
+    expected = MIDDLE + COSINES.inverse(COSINES.transform(expected) * (VARIANCES + 0.05**2).sqrt())
+    source = iter(new)
+    found = run(sampler, init=sampler.start(z), noise_source=lambda x: next(source))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def two_modes(x, sigma):
+    """The score of independent mixtures of normal distributions with deviation 0.5 at -1 and 1."""
+    variance = 0.5**2 + sigma**2
+    return ((x / variance).tanh() - x) / variance
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_without_variance_the_steps_are_those_without_moments(eta):
+    x, *new = torch.randn(5, 4, *SHAPE, generator=seed(1))
+    options = {"sigmas": [2, 1, 0.6, 0.3, 0.1], "method": "dpm-solver++", "order": 1, "eta": eta}
+    found = []
+    for moments in ({}, {"data_mean": MEAN, "data_spectrum": [0.0] * COSINES.bands}):
+        noise = iter(new)
+        found.append(run(ODESampler(two_modes, **options, **moments), init=2 * x, noise_source=lambda x: next(noise)))  # noqa: B023
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "order", "rate"), [("dpm-solver++", 1, 1), ("dpm-solver++", 2, 2), ("unipc", 2, 3)])
+def test_the_order_for_data_that_are_not_normal(method, order, rate):
+    x = 2 * torch.randn(20, *SHAPE, generator=seed(2), dtype=torch.float64)
+    exact = run(ODESampler(two_modes, NoiseSchedule.geometric(2, 0.2, 1500), method="unipc", order=3), init=x)
+    errors = []
+    for levels in (11, 21):
+        schedule = NoiseSchedule.geometric(2, 0.2, levels)
+        found = run(ODESampler(two_modes, schedule, method=method, order=order, **MOMENTS), init=x)
+        errors.append(float((found - exact).square().mean().sqrt()))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(rate, abs=0.25)
+
+
 @pytest.mark.slow
 def test_the_start_is_where_the_flow_of_normal_data_is_and_its_moments_are_found():
     z = torch.randn(1000, *SHAPE, generator=seed(0))
     few = ODESampler(
         normal_score, sigmas=[0.7, 0.6], method="unipc", denoise=False, data_mean=MEAN, data_spectrum=SPECTRUM
     )
-    assert str(few) == "ODESampler(2 levels 0.7 -> 0.6, unipc, normal start, 1 network calls)"
+    assert str(few) == "ODESampler(2 levels 0.7 -> 0.6, unipc, normal, 1 network calls)"
     flow = ODESampler(normal_score, NoiseSchedule.geometric(1e4, 0.7, 80), method="unipc", order=3, denoise=False)
     torch.testing.assert_close(few.start(z[:8]), run(flow, init=MIDDLE + 1e4 * z[:8]), rtol=1e-3, atol=2e-3)
 

@@ -111,13 +111,7 @@ def plan(method: Method, sigmas: Sequence[float], order: int, etas: Sequence[flo
     correction: list[float] = []  # of the last step, in units of the images, for its images from the new one back
     for i, eta in enumerate(etas):
         k, ratio = 1 + eta, sigmas[i + 1] / sigmas[i]
-        kept, end = ratio**k, places[i + 1]
-        # After a very short step the extrapolation would amplify rounding errors.
-        length, used = abs(end - places[i]), 1
-        most = min(order, i + 1, method.last + len(etas) - 1 - i)
-        while used < most and length <= _LONGEST_STEP * abs(places[i + 1 - used] - places[i - used]):
-            used += 1
-        nodes = [places[i - j] for j in range(used)]
+        kept, end, nodes = ratio**k, places[i + 1], nodes_of(method, places, order, i)
         rate = 0 if method.noise else k
         predicted = _means(nodes, nodes[0], end, rate)
         weights = list(predicted[1:])
@@ -127,6 +121,28 @@ def plan(method: Method, sigmas: Sequence[float], order: int, etas: Sequence[flo
         if method.corrected:
             correction = list((1 - kept) * (_means([end, *nodes], nodes[0], end, rate) - [0, *predicted]))
         yield Step(sigmas[i], sigmas[i + 1], weights, kept, sigmas[i + 1] * math.sqrt(1 - ratio ** (2 * eta)))
+
+
+def nodes_of(method: Method, places: Sequence[float], order: int, i: int) -> list[float]:
+    """The places of the images that step i uses, from the last one back."""
+    # After a very short step the extrapolation would amplify rounding errors.
+    length, used = abs(places[i + 1] - places[i]), 1
+    most = min(order, i + 1, method.last + len(places) - 2 - i)
+    while used < most and length <= _LONGEST_STEP * abs(places[i + 1 - used] - places[i - used]):
+        used += 1
+    return [places[i - j] for j in range(used)]
+
+
+def polynomials(nodes: Sequence[float], u: np.ndarray) -> np.ndarray:
+    """The Lagrange polynomials of the nodes at u (K,), (nodes, K)."""
+    return np.array(
+        [math.prod(((u - v) / (node - v) for v in nodes if v != node), start=np.ones_like(u)) for node in nodes]
+    )
+
+
+def quadrature(start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
+    """The points (K,) and the weights (K,) of an integral from start to end."""
+    return start + (end - start) * (1 + _POINTS) / 2, (end - start) * _SHARES / 2
 
 
 def learned_steps(sigmas: Sequence[float], coefficients: Iterable[Any]) -> Iterator[Step]:
@@ -152,10 +168,9 @@ def _means(nodes: Sequence[float], start: float, end: float, rate: float) -> np.
     """The means from start to end, with the weight exp(rate u), of the Lagrange polynomials of the nodes."""
     if len(nodes) == 2:
         rate = 0  # as published
-    u = start + (end - start) * (1 + _POINTS) / 2
-    density = _SHARES * np.exp(rate * (u - end))
-    polynomials = [math.prod((u - v) / (node - v) for v in nodes if v != node) for node in nodes]
-    return np.array([np.sum(density * values) for values in polynomials]) / density.sum()
+    u, shares = quadrature(start, end)
+    density = shares * np.exp(rate * (u - end))
+    return np.asarray(polynomials(nodes, u) @ density / density.sum())
 
 
 def multistep(

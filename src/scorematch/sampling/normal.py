@@ -1,29 +1,53 @@
-r"""A start at a moderate noise level, from the normal distribution of the noisy data.
+r"""Few steps for data whose covariance is known: a start at a moderate noise level, and steps exact for normal data.
 
-Where the noise covers all but the coarse structure of the data, their density is nearly normal, with the mean
-:math:`\mu` and the covariance of the data, here :math:`F^\top \operatorname{diag}(\lambda)\, F` in cosines. For normal
-data the probability flow from noise :math:`z` of the highest level has the solution
+Let the data have the mean :math:`\mu` and the covariance :math:`F^\top \operatorname{diag}(\lambda)\, F` in cosines.
+If they were normal, the denoised image would be linear in each cosine. What remains is the residual R:
+
+.. math:: F (D(x, \sigma) - \mu) = \frac{\lambda}{\lambda + \sigma^2}\, X + R(x, \sigma), \qquad X = F (x - \mu).
+
+**Steps.** In :math:`u = -\log\sigma`, with :math:`k = 1 + \eta`, a step from :math:`\sigma` to :math:`\sigma'` of the
+equation of ``scorematch.sampling.multistep`` solves the linear part exactly,
+
+.. math:: X' = \rho^{k/2} X + k \int \Bigl(\frac{\lambda + \sigma'^2}{\lambda + e^{-2u}}\Bigr)^{k/2} R(u)\, du
+          + \sqrt{(\lambda + \sigma'^2) (1 - \rho^\eta)}\; z,
+          \qquad \rho = \frac{\lambda + \sigma'^2}{\lambda + \sigma^2},
+
+and replaces only R by the polynomial through its last values, with the orders and the correction of "dpm-solver++" and
+"unipc". For :math:`\lambda = 0` these are the steps of ``multistep``, whose linear part is that of data without
+variance. Normal data are sampled exactly with any levels, and for images R changes less from step to step than D: with
+four calls the difference from the exact path is half as large.
+
+**Start.** At high levels R is small, so that a path may begin at a moderate level with
 
 .. math:: x_\sigma = \mu + F^\top \sqrt{\lambda + \sigma^2}\; F z ,
 
-so that the steps above sigma are not needed. Noise alone, :math:`\mu + \sigma z`, would lack the variance of the
-coarse structure: the brightness of a CIFAR-10 image has a standard deviation of 6.9 along its cosine.
+the solution for normal data from noise z of the highest level. Noise alone, :math:`\mu + \sigma z`, would lack the
+variance of the coarse structure: the brightness of a CIFAR-10 image has a standard deviation of 6.9 along its cosine.
 
 References:
-    Wang & Vastola, 2024, The Unreasonable Effectiveness of Gaussian Score Approximation, arXiv:2412.09726.
+    Wang & Vastola, 2024, The Unreasonable Effectiveness of Gaussian Score Approximation, arXiv:2412.09726, for the
+    start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypedDict
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypedDict
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument
 from scorematch.core.cosines import Cosines
+from scorematch.sampling.multistep import Method, nodes_of, polynomials, quadrature
 
 __all__ = ["data_moments"]
+
+_PAST = 4  # as many residuals as the methods use
 
 
 class Moments(TypedDict):
@@ -60,17 +84,97 @@ def data_moments(data: Tensor) -> Moments:
     return {"data_mean": _rounded(mean), "data_spectrum": _rounded(spectrum)}
 
 
-def normal_start(z: Tensor, sigma: float, mean: Sequence[float], spectrum: Sequence[float]) -> Tensor:
-    """The states at the level sigma from standard normal noise z (n, C, ...)."""
-    cosines = Cosines(z)
-    for name, values, count in (("data_mean", mean, z.shape[1]), ("data_spectrum", spectrum, cosines.bands)):
-        if len(values) != count:
-            raise ValueError(
-                f"{argument(name)} must have {count} numbers for samples of the shape {tuple(z.shape[1:])}, got "
-                f"{len(values)}. Write **data_moments(data)."
-            )
-    deviation = (cosines.spread(z.new_tensor(spectrum)[None]) + sigma**2).sqrt()
-    return z.new_tensor(mean).view(-1, *[1] * (z.ndim - 2)) + cosines.inverse(deviation * cosines.transform(z))
+class Normal:
+    """The normal distribution of the data, for states of the shape of x (n, C, ...).
+
+    Args:
+        x: states.
+        mean: the mean of each channel.
+        spectrum: the variances of the bands of ``Cosines``.
+    """
+
+    def __init__(self, x: Tensor, mean: Sequence[float], spectrum: Sequence[float]) -> None:
+        self._cosines = Cosines(x)
+        for name, values, count in (("data_mean", mean, x.shape[1]), ("data_spectrum", spectrum, self._cosines.bands)):
+            if len(values) != count:
+                raise ValueError(
+                    f"{argument(name)} must have {count} numbers for samples of the shape {tuple(x.shape[1:])}, got "
+                    f"{len(values)}. Write **data_moments(data)."
+                )
+        self._mean = x.new_tensor(mean).view(-1, *[1] * (x.ndim - 2))
+        self._spectrum = np.array(spectrum)
+
+    def start(self, z: Tensor, sigma: float) -> Tensor:
+        """The states at the level sigma from standard normal noise z."""
+        return self._inverse(self._spread(np.sqrt(self._spectrum + sigma**2)) * self._cosines.transform(z))
+
+    def multistep(
+        self,
+        x: Tensor,
+        chain: Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]],
+        method: Method,
+        sigmas: Sequence[float],
+        order: int,
+        etas: Sequence[float],
+    ) -> Iterator[tuple[Tensor, float]]:
+        """Yields the state after each step, with its level, as ``multistep`` does."""
+        state, past = self._transform(x), deque[Tensor](maxlen=_PAST)
+        for step in self._plan(method, sigmas, order, etas):
+            x, score, z = chain(x, step.sigma)
+            residual = self._transform(torch.add(x, score, alpha=step.sigma**2))
+            past.appendleft(residual - self._spread(step.linear) * state)
+            state = self._spread(step.kept) * state
+            for gain, old in zip(step.gains, past, strict=False):
+                state = state + self._spread(gain) * old
+            if np.any(step.added):
+                state = state + self._spread(step.added) * self._cosines.transform(z)
+            x = self._inverse(state)
+            yield x, step.sigma_next
+
+    def _plan(self, method: Method, sigmas: Sequence[float], order: int, etas: Sequence[float]) -> Iterator[_Step]:
+        places = [-math.log(sigma) for sigma in sigmas]
+        correction: Sequence[np.ndarray] = []  # of the last step, for its residuals from the new one back
+        for i, eta in enumerate(etas):
+            nodes, (begin, end) = nodes_of(method, places, order, i), places[i : i + 2]
+            before, after = (self._spectrum + sigma**2 for sigma in sigmas[i : i + 2])
+            kept = (after / before) ** ((1 + eta) / 2)
+            predicted = self._gains(nodes, begin, end, 1 + eta)
+            gains = [
+                first + kept * second
+                for first, second in itertools.zip_longest(predicted, correction, fillvalue=np.zeros_like(kept))
+            ]
+            added = np.sqrt(after * (1 - (after / before) ** eta))
+            yield _Step(sigmas[i], sigmas[i + 1], self._spectrum / before, kept, gains, added)
+            if method.corrected:
+                corrected = self._gains([end, *nodes], begin, end, 1 + eta)
+                correction = [corrected[0], *(new - old for new, old in zip(corrected[1:], predicted, strict=True))]
+
+    def _gains(self, nodes: Sequence[float], begin: float, end: float, k: float) -> Sequence[np.ndarray]:
+        """The factor (bands,) of the residual of each node in a step."""
+        u, shares = quadrature(begin, end)
+        total = self._spectrum[:, None] + np.exp(-2 * u)
+        kernel = k * shares * ((self._spectrum[:, None] + math.exp(-2 * end)) / total) ** (k / 2)
+        return [kernel @ values for values in polynomials(nodes, u)]
+
+    def _spread(self, values: np.ndarray) -> Tensor:
+        return self._cosines.spread(self._mean.new_tensor(values)[None])
+
+    def _transform(self, x: Tensor) -> Tensor:
+        return self._cosines.transform(x - self._mean)
+
+    def _inverse(self, state: Tensor) -> Tensor:
+        return self._mean + self._cosines.inverse(state)
+
+
+class _Step(NamedTuple):
+    """The numbers of a step, (bands,): linear and kept are those of the state, added that of the new noise."""
+
+    sigma: float
+    sigma_next: float
+    linear: np.ndarray
+    kept: np.ndarray
+    gains: Sequence[np.ndarray]
+    added: np.ndarray
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -67,7 +67,7 @@ from scorematch.restoration.method import Restoration
 from scorematch.restoration.observation import Observation
 from scorematch.sampling.chain import Chain
 from scorematch.sampling.multistep import METHODS, learned_lengths, learned_steps, multistep, plan
-from scorematch.sampling.normal import normal_start
+from scorematch.sampling.normal import Normal
 from scorematch.sampling.sampler import Sampler, SamplerOptions, own_options, restoring_method
 
 if TYPE_CHECKING:
@@ -108,10 +108,11 @@ class ODESampler(Sampler):
             ``eta=1``, and SA-Solver "unipc" with ``eta`` tau^2.
         coefficients: the numbers of the steps of "dpm-solver++" or "unipc" on the levels ``sigmas``, in place of those
             of the method, which ``learned_settings`` fits to a network.
-        data_mean, data_spectrum: the mean and the spectrum of the data, ``data_moments(data)``. The start is then drawn
-            from the normal distribution of the data with noise of the highest of the levels, which may be as low as
-            half a standard deviation of the coarsest structure; see ``scorematch.sampling.normal``. With an observation
-            they are not used: choose higher levels.
+        data_mean, data_spectrum: the mean and the spectrum of the data, ``data_moments(data)``. The steps of
+            "dpm-solver++" and "unipc" are then exact for the normal distribution of the data, so that fewer are needed,
+            and the start is drawn from it with noise of the highest of the levels, which may be as low as half a
+            standard deviation of the coarsest structure; see ``scorematch.sampling.normal``. With an observation they
+            are not used: choose higher levels.
 
         Rarely needed:
 
@@ -274,9 +275,8 @@ class ODESampler(Sampler):
 
     def start(self, z: Tensor) -> Tensor:
         """The states at the highest level, noise or samples of the normal distribution of the noisy data."""
-        if self.data_mean is None or self.data_spectrum is None:
-            return super().start(z)
-        return normal_start(z, self.schedule.sigma_max, self.data_mean, self.data_spectrum)
+        normal = self._normal(z)
+        return super().start(z) if normal is None else normal.start(z, self.schedule.sigma_max)
 
     def restoration(self, observation: Observation) -> Restoration:
         """The restoration method; the start is then noise, for which the levels of a normal start are too low."""
@@ -304,8 +304,8 @@ class ODESampler(Sampler):
             return [self.method, "learned"]
         if not self.churn:
             order = [] if self.order is None else [f"order {self.order}"]
-            start = [] if self.data_spectrum is None else ["normal start"]
-            return [self.method, *order, *([f"eta {self.eta}"] if self.draws_noise else []), *start]
+            normal = [] if self.data_spectrum is None else ["normal"]
+            return [self.method, *order, *([f"eta {self.eta}"] if self.draws_noise else []), *normal]
         high = self.schedule.sigma_max if self.churn_max is None else self.churn_max
         noise = [] if self.churn_noise == 1 else [f"noise {self.churn_noise:g}"]
         return [self.method, f"churn {self.churn:g} at {high:.3g} -> {self.churn_min:.3g}", *noise]
@@ -323,8 +323,15 @@ class ODESampler(Sampler):
             min(eta, 1) if sigma < chain.observed_sigma else eta
             for eta, sigma in zip(self._etas, levels[1:], strict=True)
         ]
-        numbers = plan(method, levels, self.order or method.order, etas)
-        return multistep(x, chain, numbers, noise=method.noise)
+        order, normal = self.order or method.order, self._normal(x)
+        if normal is not None and not method.noise and type(chain.restoration) is Restoration:  # nothing is observed
+            return normal.multistep(x, chain, method, levels, order, etas)
+        return multistep(x, chain, plan(method, levels, order, etas), noise=method.noise)
+
+    def _normal(self, x: Tensor) -> Normal | None:
+        if self.data_mean is None or self.data_spectrum is None:
+            return None
+        return Normal(x, self.data_mean, self.data_spectrum)
 
     def _churned(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
         z = (x - middle_of(self.net, x)) / self.schedule.sigma_max  # the noise of the state
