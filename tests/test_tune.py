@@ -112,8 +112,11 @@ def test_settings_of_paths_have_the_numbers_of_calls(net):
     expected = [40, *NoiseSchedule.geometric(6, 0.03, 4)]  # 24 deviations of 0.25
     assert settings_with_few_calls(higher, [5])[1].options["sigmas"] == pytest.approx(expected, rel=1e-4)
     images = torch.rand(9, 1, 8, 8)
-    expected = {"method": "unipc", "sigmas": pytest.approx([4, 1.1769, 0.34641, 0.10194, 0.03], rel=1e-3)}
-    started = settings_with_few_calls(higher, [5], images)[2].options
+    sigmas = pytest.approx([4, 1.1769, 0.34641, 0.10194, 0.03], rel=1e-3)
+    expected = {"method": "dpm-solver++", "order": 1, "sigmas": sigmas}
+    first, second = (each.options for each in settings_with_few_calls(higher, [5], images)[2:4])
+    assert (first["sigmas"][0], second["sigmas"][0]) == (4, 8)
+    started = dict(first)
     assert {name: list(values) for name, values in data_moments(images).items()} == {
         name: list(started.pop(name)) for name in ("data_mean", "data_spectrum")
     }

@@ -55,7 +55,7 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="also measure settings with these numbers of network calls, such as 4 6 8: with levels that are chosen "
         "from paths of the network, with levels and coefficients that are learned, and with the usual levels, also "
-        "with new noise or a start from a normal distribution",
+        "with new noise or steps that are exact for normal data",
     )
     parser.add_argument(
         "--by",

@@ -22,7 +22,7 @@ from scorematch.score import ScoreNet
 _PATHS, _LEARNED_PATHS = 64, 256
 _BARELY_VISIBLE = 0.03  # in units of the value range
 _FIRST = 24.0  # in standard deviations of the data; from higher levels one step is enough
-_NORMAL = 16.0  # in these deviations; noisy data are nearly normal there
+_NORMAL = 16.0, 32.0  # in these deviations; noisy data are nearly normal there
 _RECORD: Mapping[str, Field] = {
     "format_version": Field(int, required=True, choices=(1,)),
     "settings": Field(dict, required=True),
@@ -39,7 +39,8 @@ def settings_with_few_calls(
     of the data: above, a step changes little more than the brightness of an image. The lowest level is that of
     ``settings_of_paths``. The method is UniPC, and on the levels of Karras et al. also DPM-Solver++ with the noise of
     the reverse diffusion, eta = 1, at all steps, at the first half of them, or at the second. With images there are
-    also settings with equal ratios that start at 16 standard deviations, from a normal distribution (``data_moments``).
+    also settings whose steps are exact for normal data (``data_moments``): DPM-Solver++ of order 1 with equal ratios
+    from 16 or 32 standard deviations.
 
     Args:
         net: the network.
@@ -47,7 +48,7 @@ def settings_with_few_calls(
         images: images of the data (N, C, H, W), some thousand.
     """
     found, lowest, deviation = [], _lowest(net), math.sqrt(variance_of(net))
-    high, start = _FIRST * deviation, min(_NORMAL * deviation, net.schedule.sigma_max)
+    high, starts = _FIRST * deviation, sorted({min(each * deviation, net.schedule.sigma_max) for each in _NORMAL})
     moments: dict[str, Any] = {} if images is None else {**data_moments(images)}
     for count in calls:
         levels: dict[str, Any] = {"levels": count, "sigma_min": lowest}
@@ -57,9 +58,9 @@ def settings_with_few_calls(
         if lowest < high < net.schedule.sigma_max:
             sigmas = [net.schedule.sigma_max, *NoiseSchedule.geometric(high, lowest, count - 1)]
             found.append(SamplerSettings("ode", method="unipc", sigmas=_rounded(sigmas)))
-        if moments:
+        for start in starts if moments else ():
             sigmas = _rounded(list(NoiseSchedule.geometric(start, lowest, count)))
-            found.append(SamplerSettings("ode", method="unipc", sigmas=sigmas, **moments))
+            found.append(SamplerSettings("ode", method="dpm-solver++", order=1, sigmas=sigmas, **moments))
         for eta in (1.0, [1.0] * first + [0.0] * last, [0.0] * first + [1.0] * last):
             found.append(SamplerSettings("ode", method="dpm-solver++", eta=eta, **levels))
     return found
