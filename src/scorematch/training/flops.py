@@ -24,8 +24,8 @@ def training_flop(net: ScoreNet) -> int:
         ValueError: if the network has no ``sample_shape``, or its condition is not known.
 
     Example:
-        >>> training_flop(ScoreNet.ncsnv2(1, 28, width=8))
-        177961728
+        >>> training_flop(ScoreNet.mlp(2, width=8, depth=1))
+        4896
     """
     return _flop(net, backward=True)
 
@@ -34,8 +34,8 @@ def sampling_flop(net: ScoreNet) -> int:
     """The number of floating-point operations of a network call per image; see ``training_flop``.
 
     Example:
-        >>> sampling_flop(ScoreNet.ncsnv2(1, 28, width=8))
-        59358208
+        >>> sampling_flop(ScoreNet.mlp(2, width=8, depth=1))
+        1984
     """
     return _flop(net, backward=False)
 
