@@ -127,9 +127,13 @@ def test_a_value_with_infinite_sigma_is_not_measured():
     assert torch.allclose(found.mean, expected.mean) and torch.allclose(found.covariance, expected.covariance)
 
 
-def test_values_that_contradict_each_other_give_the_least_squares():
-    a, y = random(7, 4).float(), random(1, 7, number=1).float()
-    sampler = ODESampler(Gaussian(random(4), 1.0), NoiseSchedule.geometric(8, 0.02, 6), restore="moment-matching")
+@pytest.mark.parametrize("name", ["moment-matching", "shift"])
+@pytest.mark.parametrize("rows", [range(7), (0, 0, 1, 1, 2, 3, 3)], ids=["random", "twice"])
+def test_values_that_contradict_each_other_give_the_least_squares(name, rows):
+    """The last one measures nothing."""
+    a, y = random(7, 4).float()[list(rows)], random(1, 7, number=1).float()
+    a[-1] = 0
+    sampler = ODESampler(Gaussian(random(4), 1.0), NoiseSchedule.geometric(8, 0.02, 6), restore=name)
     x = run(sampler, 2, observation=Observation(Matrix(a), y), generator=0)
     assert torch.allclose(x, (torch.linalg.pinv(a) @ y[0]).expand(2, 4), atol=1e-3)
 

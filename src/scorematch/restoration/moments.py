@@ -24,6 +24,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ from scorematch.restoration.replacement import replacement
 
 Product = Callable[[Tensor], Tensor]
 
+_CONTRADICTION = 1e-3  # the part of y without noise that no sample measures, relative
 _INNER, _INNER_TOLERANCE = 20, 1e-2  # iterations without calls of the network, and their relative residual
 
 
@@ -57,7 +59,7 @@ class MomentMatching(Restoration):
     def __init__(
         self, observation: Observation, variance: float, *, iterations: int = 3, tolerance: float = 1e-2
     ) -> None:
-        self._observation = observation
+        self._observation = consistent(observation)
         self._variance = variance
         self._iterations, self._tolerance = iterations, tolerance
         self._covariances: dict[int, CosineCovariance] = {}  # by the first row of a batch
@@ -132,6 +134,22 @@ def exactly(observation: Observation, x: Tensor) -> Tensor:
     # The normal equations have a solution also if the values of y contradict each other.
     missing = near.adjoint(exact(observation.y - near.value))
     return x + conjugate_gradients(lambda u: near.adjoint(exact(near.forward(u))), missing, 100)
+
+
+def consistent(observation: Observation) -> Observation:
+    """The observation; of values without noise that contradict each other, with the least squares in their place."""
+    sigma, operator, shape = observation.sigma, observation.operator, observation.shape
+    if callable(sigma) or not operator.is_linear or operator.gain is not None or shape is None:
+        return observation
+    without_noise = torch.as_tensor(sigma, device=observation.y.device) == 0
+    if not bool(without_noise.any()):
+        return observation
+    x = exactly(observation, observation.y.new_zeros((len(observation), *shape)))
+    rest = torch.where(without_noise, observation.residual(operator.measure(x)), 0)
+    contradict = _dot(rest, rest) > _CONTRADICTION**2 * _dot(*(observation.observed(observation.y),) * 2)
+    if not bool(contradict.any()):
+        return observation
+    return replace(observation, y=observation.y - per_image(contradict, rest) * rest).of_shape(shape)
 
 
 class System(NamedTuple):

@@ -51,7 +51,7 @@ from torch import Tensor
 from scorematch.core.scores import Score, score_at
 from scorematch.restoration.cosine import CosineCovariance
 from scorematch.restoration.method import Restoration
-from scorematch.restoration.moments import System, exactly
+from scorematch.restoration.moments import System, consistent, exactly
 from scorematch.restoration.observation import Observation
 
 _DAMPING = 0.02  # the largest lambda: with 0.005, w of digits grew to 14 sigma, and the draws were too much alike
@@ -78,7 +78,7 @@ class Shift(Restoration):
     """
 
     def __init__(self, observation: Observation, variance: float) -> None:
-        self._observation, self._variance = observation, variance
+        self._observation, self._variance = consistent(observation), variance
         self._covariances: dict[int, CosineCovariance] = {}  # by the first row of a batch
         self._steps: dict[int, _Step] = {}
 
