@@ -91,6 +91,23 @@ def test_the_start_is_where_the_flow_of_normal_data_is_and_its_moments_are_found
     assert found["data_mean"] == pytest.approx(MEAN, abs=5 * float((variance.max() / 1000).sqrt()))
 
 
+def test_a_smooth_mean_is_found_and_used_at_a_low_resolution():
+    y, x = (torch.arange(n) + 0.5 for n in SHAPE[1:])
+    mean = torch.stack([0.5 + i * torch.cos(math.pi / 6 * y)[:, None] * torch.cos(math.pi / 4 * x) for i in range(3)])
+    found = data_moments(torch.stack([mean - 1, mean + 1]), mean_side=2)
+    assert len(found["data_mean"]) == 12 and found["data_mean"][:4] == pytest.approx([0.5] * 4, abs=1e-4)
+    options = {"data_mean": found["data_mean"], "data_spectrum": SPECTRUM, "method": "unipc", "denoise": False}
+    sampler = ODESampler(lambda x, sigma: normal_score(x - mean + MIDDLE, sigma), sigmas=[2, 0.3], **options)
+    start = sampler.start(torch.zeros(1, *SHAPE))
+    torch.testing.assert_close(start[0], mean, rtol=0, atol=1e-3)
+    torch.testing.assert_close(run(sampler, init=start)[0], mean, rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match=r"mean_side must be at most 4 for samples of the shape \(3, 6, 4\)"):
+        data_moments(torch.randn(3, *SHAPE), mean_side=5)
+    wrong = ODESampler(normal_score, sigmas=[0.7, 0.1], data_mean=MEAN[:2] * 4, data_spectrum=SPECTRUM)
+    with pytest.raises(ValueError, match=r"data_mean must have 12 numbers .* got 8"):
+        wrong.sample(1, shape=SHAPE, progress=False)
+
+
 def test_the_moments_are_stored_and_checked():
     images = torch.randn(50, *SHAPE, generator=seed(0))
     settings = SamplerSettings("ode", method="unipc", sigmas=[0.7, 0.1], **data_moments(images))

@@ -117,7 +117,7 @@ def test_settings_of_paths_have_the_numbers_of_calls(net):
     first, second = (each.options for each in settings_with_few_calls(higher, [5], images)[2:4])
     assert (first["sigmas"][0], second["sigmas"][0]) == (4, 8)
     started = dict(first)
-    assert {name: list(values) for name, values in data_moments(images).items()} == {
+    assert {name: list(values) for name, values in data_moments(images, 8).items()} == {
         name: list(started.pop(name)) for name in ("data_mean", "data_spectrum")
     }
     assert started == expected

@@ -23,6 +23,7 @@ _PATHS, _LEARNED_PATHS = 64, 256
 _BARELY_VISIBLE = 0.03  # in units of the value range
 _FIRST = 24.0  # in standard deviations of the data; from higher levels one step is enough
 _NORMAL = 16.0, 32.0  # in these deviations; noisy data are nearly normal there
+_MEAN_SIDE = 8  # which shows the shape of aligned faces
 _RECORD: Mapping[str, Field] = {
     "format_version": Field(int, required=True, choices=(1,)),
     "settings": Field(dict, required=True),
@@ -49,7 +50,9 @@ def settings_with_few_calls(
     """
     found, lowest, deviation = [], _lowest(net), math.sqrt(variance_of(net))
     high, starts = _FIRST * deviation, sorted({min(each * deviation, net.schedule.sigma_max) for each in _NORMAL})
-    moments: dict[str, Any] = {} if images is None else {**data_moments(images)}
+    moments: dict[str, Any] = {}
+    if images is not None:
+        moments |= data_moments(images, min(_MEAN_SIDE, *images.shape[2:]))
     for count in calls:
         levels: dict[str, Any] = {"levels": count, "sigma_min": lowest}
         first = (count - 1) // 2

@@ -35,13 +35,13 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import argument
+from scorematch.core.arguments import argument, check_count
 from scorematch.core.cosines import Cosines
 from scorematch.sampling.multistep import Method, nodes_of, polynomials, quadrature
 
@@ -57,18 +57,20 @@ class Moments(TypedDict):
     data_spectrum: list[float]
 
 
-def data_moments(data: Tensor) -> Moments:
+def data_moments(data: Tensor, mean_side: int = 1) -> Moments:
     """The mean and the spectrum of data, as options of ``ODESampler`` that start below the highest noise level.
 
     Args:
         data: samples of the data or of a network (N, C, ...), with N of at least 2; some thousand.
+        mean_side: the number of values along each axis by which the mean is described: 1, the mean of each channel, for
+            data that look alike everywhere; more, such as 8, for aligned faces, whose mean has a shape.
 
     Returns:
-        ``data_mean``, the mean of each channel, and ``data_spectrum``, the mean variance of the cosines in each band of
-        frequencies: first the bands of the mean over the channels, then those of differences of channels.
+        ``data_mean``, the mean at so low a resolution, and ``data_spectrum``, the mean variance of the cosines in each
+        band of frequencies: first the bands of the mean over the channels, then those of differences of channels.
 
     Raises:
-        ValueError: if there are fewer than two samples.
+        ValueError: if there are fewer than two samples, or ``mean_side`` is above a side.
 
     Example:
         >>> import torch
@@ -78,8 +80,12 @@ def data_moments(data: Tensor) -> Moments:
     """
     if data.ndim < 2 or len(data) < 2:
         raise ValueError(f"data must be two or more samples (N, C, ...), got shape {tuple(data.shape)}.")
-    cosines = Cosines(data)
-    mean = data.transpose(0, 1).flatten(1).mean(1)
+    sides, cosines = data.shape[2:], Cosines(data)
+    if check_count("mean_side", mean_side) > min(sides, default=1):
+        raise ValueError(
+            f"mean_side must be at most {min(sides, default=1)} for samples of the shape {tuple(data.shape[1:])}."
+        )
+    mean = _resized(data.mean(0, keepdim=True), [mean_side] * len(sides)).flatten()
     spectrum = cosines.means(cosines.transform(data).var(0)[None])[0]
     return {"data_mean": _rounded(mean), "data_spectrum": _rounded(spectrum)}
 
@@ -89,19 +95,22 @@ class Normal:
 
     Args:
         x: states.
-        mean: the mean of each channel.
+        mean: the mean of each channel, or of a low resolution, as ``data_moments`` returns it.
         spectrum: the variances of the bands of ``Cosines``.
     """
 
     def __init__(self, x: Tensor, mean: Sequence[float], spectrum: Sequence[float]) -> None:
         self._cosines = Cosines(x)
-        for name, values, count in (("data_mean", mean, x.shape[1]), ("data_spectrum", spectrum, self._cosines.bands)):
+        channels, *sides = x.shape[1:]
+        side = round((len(mean) / channels) ** (1 / max(1, len(sides))))
+        counts = channels * min(side, *sides, len(mean)) ** len(sides), self._cosines.bands
+        for name, values, count in zip(("data_mean", "data_spectrum"), (mean, spectrum), counts, strict=True):
             if len(values) != count:
                 raise ValueError(
                     f"{argument(name)} must have {count} numbers for samples of the shape {tuple(x.shape[1:])}, got "
                     f"{len(values)}. Write **data_moments(data)."
                 )
-        self._mean = x.new_tensor(mean).view(-1, *[1] * (x.ndim - 2))
+        self._mean = _resized(x.new_tensor(mean).view(1, channels, *[side] * len(sides)), sides)
         self._spectrum = np.array(spectrum)
 
     def start(self, z: Tensor, sigma: float) -> Tensor:
@@ -175,6 +184,14 @@ class _Step(NamedTuple):
     kept: np.ndarray
     gains: Sequence[np.ndarray]
     added: np.ndarray
+
+
+def _resized(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """Samples (n, C, ...) with other sides and the same lowest cosines."""
+    result = x.new_zeros(*x.shape[:2], *sides)
+    common: Any = (..., *(slice(min(a, b)) for a, b in zip(x.shape[2:], sides, strict=True)))
+    result[common] = Cosines(x).transform(x)[common]
+    return Cosines(result).inverse(result) * math.sqrt(result[0].numel() / x[0].numel())
 
 
 def _rounded(values: Tensor) -> list[float]:
