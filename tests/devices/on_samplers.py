@@ -26,6 +26,7 @@ from scorematch.sampling import (
     ParticleSampler,
     PredictorCorrectorSampler,
     bulk_samples,
+    data_moments,
     sample_to,
 )
 from tests.devices.nets import LEVELS, SIZE, colors, rand
@@ -41,6 +42,7 @@ VARIANTS = {
     "churn": (ODESampler, {"churn": 3}),
     "dpm-solver++": (ODESampler, {"method": "dpm-solver++"}),
     "stochastic": (ODESampler, {"method": "unipc", "eta": 0.5}),
+    "normal": (ODESampler, {"method": "unipc", **data_moments(rand(9, 3, SIZE, SIZE))}),
     "ancestral": (AncestralSampler, {}),
     "small, clamped": (AncestralSampler, {"variance": "small", "clamp_denoised": True}),
     "predictor-corrector": (PredictorCorrectorSampler, {}),
@@ -51,7 +53,8 @@ VARIANTS = {
 FLOAT32 = {"levels": 3, "precision": "float32"}
 # On MPS each sampler once.
 variants = pytest.mark.parametrize(
-    "name", VARIANTS if KIND == "cuda" else ["langevin", "consistent", "heun", "ancestral", "published", "particles"]
+    "name",
+    VARIANTS if KIND == "cuda" else ["langevin", "consistent", "heun", "normal", "ancestral", "published", "particles"],
 )
 
 
@@ -66,13 +69,14 @@ def test_every_sampler_is_tested_here():
 
 @variants
 def test_a_step_waits_for_no_copy_and_rarely_for_a_value(compare, name):
-    """On MPS the noise of each step is copied with a wait."""
+    """On MPS the noise of each step is copied with a wait. The moments of the data are copied before the first step."""
+    moments = 14 if name == "normal" else 0
     sampler = _sampler(name, colors(), levels=9)
     compare(
         lambda to: run(_sampler(name, to(colors()), levels=9), 2, generator=0 if name == "heun" else [0, 1]),
         within=0.2,
         reads=6,
-        copies=4 if KIND == "cuda" else 4 + 2 * len(sampler),
+        copies=moments + (4 if KIND == "cuda" else 4 + 2 * len(sampler)),
     )
 
 

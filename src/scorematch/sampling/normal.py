@@ -110,12 +110,14 @@ class Normal:
                     f"{argument(name)} must have {count} numbers for samples of the shape {tuple(x.shape[1:])}, got "
                     f"{len(values)}. Write **data_moments(data)."
                 )
-        self._mean = _resized(x.new_tensor(mean).view(1, channels, *[side] * len(sides)), sides)
+        low = torch.tensor(mean, dtype=torch.float32, device="cpu").view(1, channels, *[side] * len(sides))
+        self._mean = _resized(low, sides).to(x)
         self._spectrum = np.array(spectrum)
 
     def start(self, z: Tensor, sigma: float) -> Tensor:
         """The states at the level sigma from standard normal noise z."""
-        return self._inverse(self._spread(np.sqrt(self._spectrum + sigma**2)) * self._cosines.transform(z))
+        deviation = self._to_device(np.sqrt(self._spectrum + sigma**2)[None])
+        return self._inverse(self._cosines.spread(deviation) * self._cosines.transform(z))
 
     def multistep(
         self,
@@ -127,16 +129,19 @@ class Normal:
         etas: Sequence[float],
     ) -> Iterator[tuple[Tensor, float]]:
         """Yields the state after each step, with its level, as ``multistep`` does."""
+        steps = list(self._plan(method, sigmas, order, etas))
+        numbers = self._to_device(np.concatenate([step.numbers for step in steps]))  # one copy, for which it waits
+        rows = numbers.split([len(step.numbers) for step in steps])
         state, past = self._transform(x), deque[Tensor](maxlen=_PAST)
-        for step in self._plan(method, sigmas, order, etas):
+        for step, bands in zip(steps, rows, strict=True):
             x, score, z = chain(x, step.sigma)
-            residual = self._transform(torch.add(x, score, alpha=step.sigma**2))
-            past.appendleft(residual - self._spread(step.linear) * state)
-            state = self._spread(step.kept) * state
-            for gain, old in zip(step.gains, past, strict=False):
-                state = state + self._spread(gain) * old
-            if np.any(step.added):
-                state = state + self._spread(step.added) * self._cosines.transform(z)
+            linear, kept, added, *gains = self._cosines.spread(bands)
+            past.appendleft(self._transform(torch.add(x, score, alpha=step.sigma**2)) - linear * state)
+            state = kept * state
+            for gain, residual in zip(gains, past, strict=False):
+                state = state + gain * residual
+            if step.noisy:
+                state = state + added * self._cosines.transform(z)
             x = self._inverse(state)
             yield x, step.sigma_next
 
@@ -153,7 +158,8 @@ class Normal:
                 for first, second in itertools.zip_longest(predicted, correction, fillvalue=np.zeros_like(kept))
             ]
             added = np.sqrt(after * (1 - (after / before) ** eta))
-            yield _Step(sigmas[i], sigmas[i + 1], self._spectrum / before, kept, gains, added)
+            numbers = np.array([self._spectrum / before, kept, added, *gains])
+            yield _Step(sigmas[i], sigmas[i + 1], eta > 0, numbers)
             if method.corrected:
                 corrected = self._gains([end, *nodes], begin, end, 1 + eta)
                 correction = [corrected[0], *(new - old for new, old in zip(corrected[1:], predicted, strict=True))]
@@ -165,8 +171,8 @@ class Normal:
         kernel = k * shares * ((self._spectrum[:, None] + math.exp(-2 * end)) / total) ** (k / 2)
         return [kernel @ values for values in polynomials(nodes, u)]
 
-    def _spread(self, values: np.ndarray) -> Tensor:
-        return self._cosines.spread(self._mean.new_tensor(values)[None])
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).float().to(self._mean)  # without float64 on the device
 
     def _transform(self, x: Tensor) -> Tensor:
         return self._cosines.transform(x - self._mean)
@@ -176,14 +182,16 @@ class Normal:
 
 
 class _Step(NamedTuple):
-    """The numbers of a step, (bands,): linear and kept are those of the state, added that of the new noise."""
+    """A step: its levels, whether it adds noise, and its numbers (rows, bands).
+
+    The rows are the factors of the state in the linear part of D and in the next state, that of the noise, and those of
+    the residuals from the last one back.
+    """
 
     sigma: float
     sigma_next: float
-    linear: np.ndarray
-    kept: np.ndarray
-    gains: Sequence[np.ndarray]
-    added: np.ndarray
+    noisy: bool
+    numbers: np.ndarray
 
 
 def _resized(x: Tensor, sides: Sequence[int]) -> Tensor:
