@@ -196,7 +196,7 @@ X = torch.zeros(1, 1, 8, 12)
         (lambda: GaussianBlur(0), ValueError, "deviation must be a number of more than 0, got 0"),
         (lambda: GaussianBlur("2"), TypeError, "deviation must be a number of more than 0, got '2'"),
         (lambda: MotionBlur(3).measure(X[0]), ValueError, r"needs images \(N, C, H, W\), got shape \(1, 8, 12\)"),
-        (lambda: MotionBlur(-1), ValueError, "length must be a number of more than 0, got -1"),
+        (lambda: MotionBlur(-1), ValueError, "length must be a number of more than 0 and at most 10,000, got -1"),
         (lambda: MotionBlur(3, math.nan), ValueError, "angle must be a number, got nan"),
         (lambda: Resize(1.5), TypeError, "scale must be an integer of at least 1, got 1.5"),
         (lambda: Resize(5).measure(X), ValueError, r"samples whose sizes are multiples of 5, got shape \(1, 8, 12\)"),
