@@ -161,18 +161,19 @@ def test_growing_announces_its_stages(faces, tmp_path, calls, monkeypatch, capsy
     assert "          stage 3 from image 913,176, 33.3 images/s: {'layers_per_block': (2, 2, 1), " in printed
     assert "time      about 8.0 h on cpu, 48.8 images/s\nout" in printed
     assert len(calls[0][-1]["growth"]) == 2 and calls[0][-1]["hours"] is None
-    assert calls[0][0].config["widths"] == [64, 128, 160]
+    assert calls[0][0].config["block_out_channels"] == [64, 128, 160]
 
     for length, images in (("--hours", "1"), 360_000), (("--images", "80"), 80):  # too short for a second stage
         assert main([*growing, "--out", str(tmp_path / "short"), *length]) == 0
         assert "images are few: samples of cifar10-small were noise" in capsys.readouterr().out
         net, *_, options = calls[-1]
-        assert net.config["widths"] == [48, 96, 128] and options["images"] == images and not options.get("growth")
+        assert net.config["block_out_channels"] == [48, 96, 128]
+        assert options["images"] == images and not options.get("growth")
     record = {"settings": {"images": 700_000}, "network": net.config, "data": {}}  # a run on a fast machine
     monkeypatch.setattr(command, "check_run", lambda *_: None)
     (tmp_path / "short" / "config.json").write_text(json.dumps(record))
     assert main([*growing, "--out", str(tmp_path / "short"), "--hours", "1"]) == 0
-    assert calls[-1][0].config["widths"] == [48, 96, 128] and calls[-1][-1]["images"] == 700_000
+    assert calls[-1][0].config["block_out_channels"] == [48, 96, 128] and calls[-1][-1]["images"] == 700_000
 
 
 def test_the_trained_network_can_be_loaded_and_sampled(run, tmp_path):

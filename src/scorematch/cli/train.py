@@ -476,9 +476,11 @@ def _announce(
     name = name if args.start is None or args.recipe is not None else args.start
     print(f"network   {name}: {parameters:,} parameters, {training_flop(net) / 1e9:.3g} GFLOP per {word}")
     if args.start is not None:
-        config = load(locate(args.start), weights=False).config
-        kept = None if (args.out / "network").is_dir() else difference(config, as_stored(net.config))
-        print(f"          begins with the weights of {args.start}{'' if kept is None else f'; {kept}'}")
+        begins = f"          begins with the weights of {args.start}"
+        if not (args.out / "network").is_dir():  # otherwise that network may be gone
+            kept = difference(load(locate(args.start), weights=False).config, as_stored(net.config))
+            begins += "" if kept is None else f"; {kept}"
+        print(begins)
     print(
         f"training  {settings.total:,} images in {settings.steps:,} steps of {settings.batch_size}, "
         f"{_epochs(settings.total / len(data))} epochs"
