@@ -19,7 +19,7 @@ from scorematch.cli.options.duration import announce, announce_features, count
 from scorematch.cli.options.networks import load
 from scorematch.cli.options.operators import add_operators, add_restore_method, read_operator
 from scorematch.cli.options.outputs import check_folder_name
-from scorematch.cli.options.reference import add_reference, reference_options
+from scorematch.cli.options.reference import add_reference, find_reference_arrays, reference_options
 from scorematch.cli.options.samplers import add_sampling, make_sampler
 from scorematch.cli.options.values import amount, filled, image_count
 from scorematch.core.conditions import takes_image
@@ -27,7 +27,6 @@ from scorematch.core.messages import about
 from scorematch.core.processes import find_device, this_process
 from scorematch.core.scores import device_of
 from scorematch.data.tables import REFERENCES
-from scorematch.evaluation.arrays import VALUES, reference_arrays
 from scorematch.evaluation.evaluate import Evaluation, check_evaluation_folder, evaluate
 from scorematch.evaluation.metrics import METRICS
 from scorematch.evaluation.reference import check_sources
@@ -136,9 +135,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.out is not None:
         check_folder_name(args.out)
         check_evaluation_folder(args.out)
-    asked = args.features == [VALUES]
-    by_default = args.features == ["inception"] and args.weights is None
-    data = reference_arrays(args.reference, named=asked) if not restoring and (asked or by_default) else None
+    data = None if restoring else find_reference_arrays(args)
     arrays = data is not None
     common = {"metrics": args.metrics, "out": args.out, "name": args.model, "strict": args.strict}
     sets = {"held_out": args.held_out, "gaussian": not args.no_gaussian}

@@ -10,7 +10,7 @@ from scorematch.cli.options.classes import add_classes, add_guidance, find_class
 from scorematch.cli.options.networks import add_model, load
 from scorematch.cli.options.operators import add_operators, add_restore_method, read_operator
 from scorematch.cli.options.outputs import check_folder_name
-from scorematch.cli.options.reference import add_reference, reference_options
+from scorematch.cli.options.reference import add_reference, find_reference_arrays, reference_options
 from scorematch.cli.options.samplers import add_computation
 from scorematch.cli.options.values import filled, fitting, image_count
 from scorematch.core.conditions import takes_image
@@ -18,7 +18,6 @@ from scorematch.core.messages import about
 from scorematch.core.processes import this_process
 from scorematch.core.schema import Field
 from scorematch.core.scores import device_of
-from scorematch.evaluation.arrays import VALUES, reference_arrays
 from scorematch.evaluation.criteria import Distance, Kind, distance_of
 from scorematch.evaluation.few_calls import settings_learned, settings_of_paths, settings_with_few_calls
 from scorematch.evaluation.reference import check_sources, first_images
@@ -92,8 +91,7 @@ def _run(args: argparse.Namespace) -> None:
     check_sources(args.reference, args.held_out)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)
-    asked, by_default = args.features == [VALUES], args.features == ["inception"] and args.weights is None
-    data = reference_arrays(args.reference, named=asked) if not args.restore and (asked or by_default) else None
+    data = None if args.restore else find_reference_arrays(args)
     net = guide(args, load(args, pictures=data is None))
     if args.out is not None:
         check_folder(args.out, net)  # before weights are downloaded

@@ -53,7 +53,6 @@ class Criterion:
     """What the best sampler minimizes.
 
     Attributes:
-        by: the name of the distance.
         source: the name of the extractor, or of what is measured without one.
         names: the names of the figures, by their source.
         settings: everything that determines the figures, besides the sampler, as plain values for JSON.
@@ -61,7 +60,6 @@ class Criterion:
         held_out: the figures of held-out data, or None.
     """
 
-    by: str
     source: str
     names: Mapping[str, Sequence[str]]
     settings: Mapping[str, Any]
@@ -97,7 +95,7 @@ def of_arrays(
     others = None
     if held_out is not None:
         others = {VALUES: evaluator.measure(some_values_of(open_arrays(held_out), n, drawing["seed"]))}
-    return Criterion(by, VALUES, {VALUES: (by,)}, evaluator.settings(), measure, others)
+    return Criterion(VALUES, {VALUES: (by,)}, evaluator.settings(), measure, others)
 
 
 def of_pictures(
@@ -128,7 +126,7 @@ def of_pictures(
         other = open_for(held_out, what="held-out images", **_opening(options))
         chosen = choose(len(other), min(n, len(other)), drawing["seed"])
         others = evaluator.measure(read_batches(other, chosen, drawing["batch_size"]), strict=False)
-    return Criterion(by, source, {source: (by,), IMAGES: ("std", "variation")}, settings, measure, others)
+    return Criterion(source, {source: (by,), IMAGES: ("std", "variation")}, settings, measure, others)
 
 
 def of_restorations(
@@ -170,7 +168,7 @@ def of_restorations(
 
     # Masks of one size can have the same name.
     settings |= {"tasks": list(map(identified, operators.values())), "restore": restore}
-    return Criterion(by, source, dict.fromkeys(operators, (by,)), settings, measure)
+    return Criterion(source, dict.fromkeys(operators, (by,)), settings, measure)
 
 
 def _evaluator(reference: Any, by: str, n: int, options: Mapping[str, Any]) -> tuple[Evaluator, dict[str, Any]]:

@@ -108,7 +108,8 @@ class Normal:
             if len(values) != count:
                 raise ValueError(
                     f"{argument(name)} must have {count} numbers for samples of the shape {tuple(x.shape[1:])}, got "
-                    f"{len(values)}. Write **data_moments(data)."
+                    f"{len(values)}, which are for another shape. Write **data_moments(data), or leave out the moments "
+                    "that are stored with a network by choosing the levels, such as ODESampler(net, levels=18)."
                 )
         low = torch.tensor(mean, dtype=torch.float32, device="cpu").view(1, channels, *[side] * len(sides))
         self._mean = _resized(low, sides).to(x)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from scorematch.cli.options.values import expanded, filled, image_count
-from scorematch.evaluation.arrays import VALUES
+from scorematch.data.array_data import ArrayData
+from scorematch.evaluation.arrays import VALUES, reference_arrays
 from scorematch.evaluation.features import EXTRACTORS, as_extractor
 
 
@@ -47,6 +48,13 @@ def add_reference(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out", type=expanded, metavar="FOLDER", help="the folder to write to (default: only print)")
     group.add_argument("--cache", type=expanded, metavar="FOLDER", help="the folder for statistics of the reference")
     group.add_argument("--no-cache", action="store_true", help="store no statistics of the reference")
+
+
+def find_reference_arrays(args: argparse.Namespace) -> ArrayData | None:
+    """The reference if its data are not pictures, and no features of pictures are asked for; None otherwise."""
+    asked = args.features == [VALUES]
+    by_default = args.features == ["inception"] and args.weights is None
+    return reference_arrays(args.reference, named=asked) if asked or by_default else None
 
 
 def reference_options(args: argparse.Namespace, device: torch.device, *, arrays: bool = False) -> dict[str, Any]:
