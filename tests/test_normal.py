@@ -114,8 +114,14 @@ def test_the_moments_are_stored_and_checked():
     assert SamplerSettings.from_dict(settings.to_dict()) == settings
     with pytest.raises(ValueError, match=r"data_mean.*data_spectrum"):
         SamplerSettings("ode", method="unipc", sigmas=[0.7, 0.1], data_mean=MEAN)
-    with pytest.raises(ValueError, match="two or more samples"):
-        data_moments(images[:1])
+    for wrong in (images[:1], images / 0):
+        with pytest.raises(ValueError, match=r"two or more samples .* without NaN"):
+            data_moments(wrong)
+    with pytest.raises(TypeError, match=r"data must be floating point, .* Write data / 255 for 8-bit images"):
+        data_moments(images.long())
+    one = ODESampler(normal_score, sigmas=[0.7], method="dpm-solver++", **MOMENTS)  # no steps but the denoising
+    x = one.start(images)
+    torch.testing.assert_close(run(one, init=x), x + 0.7**2 * normal_score(x, 0.7))
     short = ODESampler(normal_score, sigmas=[0.7, 0.1], data_mean=MEAN, data_spectrum=SPECTRUM[:-1])
     wanted = rf"data_spectrum must have {len(SPECTRUM)} numbers .* got {len(SPECTRUM) - 1}, which are for another shape"
     with pytest.raises(ValueError, match=wanted):

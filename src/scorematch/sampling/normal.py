@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument, check_count
+from scorematch.core.batches import check_data
 from scorematch.core.cosines import Cosines
 from scorematch.sampling.multistep import Method, nodes_of, polynomials, quadrature
 
@@ -70,7 +71,8 @@ def data_moments(data: Tensor, mean_side: int = 1) -> Moments:
         band of frequencies: first the bands of the mean over the channels, then those of differences of channels.
 
     Raises:
-        ValueError: if there are fewer than two samples, or ``mean_side`` is above a side.
+        TypeError: if the data are no floating-point tensor.
+        ValueError: if there are fewer than two samples, some are not finite, or ``mean_side`` is above a side.
 
     Example:
         >>> import torch
@@ -78,8 +80,10 @@ def data_moments(data: Tensor, mean_side: int = 1) -> Moments:
         >>> {name: [round(value) for value in values] for name, values in data_moments(images).items()}
         {'data_mean': [3], 'data_spectrum': [1, 1, 1, 1, 1, 1, 1, 1]}
     """
-    if data.ndim < 2 or len(data) < 2:
-        raise ValueError(f"data must be two or more samples (N, C, ...), got shape {tuple(data.shape)}.")
+    check_data(data, "data")
+    if len(data) < 2 or not bool(data.isfinite().all()):
+        shape = tuple(data.shape)
+        raise ValueError(f"data must be two or more samples (N, C, ...) without NaN or infinity, got shape {shape}.")
     sides, cosines = data.shape[2:], Cosines(data)
     if check_count("mean_side", mean_side) > min(sides, default=1):
         raise ValueError(
@@ -100,6 +104,7 @@ class Normal:
     """
 
     def __init__(self, x: Tensor, mean: Sequence[float], spectrum: Sequence[float]) -> None:
+        check_data(x)
         self._cosines = Cosines(x)
         channels, *sides = x.shape[1:]
         side = round((len(mean) / channels) ** (1 / max(1, len(sides))))
@@ -131,6 +136,8 @@ class Normal:
     ) -> Iterator[tuple[Tensor, float]]:
         """Yields the state after each step, with its level, as ``multistep`` does."""
         steps = list(self._plan(method, sigmas, order, etas))
+        if not steps:  # of one level
+            return
         numbers = self._to_device(np.concatenate([step.numbers for step in steps]))  # one copy, for which it waits
         rows = numbers.split([len(step.numbers) for step in steps])
         state, past = self._transform(x), deque[Tensor](maxlen=_PAST)
