@@ -256,6 +256,7 @@ def test_guidance_of_a_white_gaussian_follows_the_exact_posterior(restore):
         torch.testing.assert_close(x, correct, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_modes_of_a_mixture_get_their_weights(mixture):
     n = 4000
     x = run(AncestralSampler(mixture, NoiseSchedule.geometric(10, 0.02, 200)), n, shape=(2,), generator=seed(4))

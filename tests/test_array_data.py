@@ -123,7 +123,8 @@ def test_moments_are_those_of_all_values():
     assert torch.allclose(others["features"].std, condition.double().std(0), rtol=1e-12)
 
 
-@pytest.mark.parametrize("start", ["own", pytest.param("range", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["own", "range"])
 def test_a_run_in_kelvin_is_that_in_standard_units(tmp_path, start):
     """The range of the data, too wide by far, only clamps the samples."""
     x, _ = signals()
@@ -162,12 +163,13 @@ def test_train_steps_measures_the_units_too():
     assert own.units.mean == pytest.approx(x.mean((0, 2)).tolist(), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("x", "measured"),
     [
         (torch.rand(16, 1, 8, 8, generator=seed()), False),
-        pytest.param(torch.rand(16, 2, 8, 8, generator=seed()), False, marks=pytest.mark.slow),
-        pytest.param(35 * torch.rand(16, 1, 8, 8, generator=seed()) - 5, True, marks=pytest.mark.slow),
+        (torch.rand(16, 2, 8, 8, generator=seed()), False),
+        (35 * torch.rand(16, 1, 8, 8, generator=seed()) - 5, True),
         (35 * torch.rand(16, 2, 8, 8, generator=seed()) - 5, True),
     ],
 )

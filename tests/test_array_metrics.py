@@ -31,6 +31,7 @@ def normal(n, *shape, number=0):
 # -- Distances
 
 
+@pytest.mark.slow
 def test_energy_distance_of_gaussians_and_of_points_on_a_line():
     x, y = 1.5 + normal(2000, 1), normal(2000, 1, number=1)
     between = 2 / math.sqrt(math.pi) * math.exp(-(1.5**2) / 4) + 1.5 * math.erf(1.5 / 2)  # E |N(1.5, 2)|
@@ -45,6 +46,7 @@ def test_energy_distance_of_gaussians_and_of_points_on_a_line():
     assert energy_distance(a, a).value == 0
 
 
+@pytest.mark.slow
 def test_maximum_mean_discrepancy_of_gaussians():
     x, y = 1 + 2 * normal(2000, 3), normal(1000, 3, number=1)
     width = float(torch.pdist(y).median()) ** 2
@@ -69,6 +71,7 @@ def test_sliced_wasserstein_distance_of_a_shift_and_of_sorted_values():
     torch.testing.assert_close(value, h.mean(0) + g.mean(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [energy_distance, maximum_mean_discrepancy, sliced_wasserstein_distance])
 def test_errors_are_those_of_repeated_draws(function):
     found = [function(0.7 + normal(60, 2, number=i), normal(90, 2, number=1000 + i)) for i in range(150)]
@@ -76,6 +79,7 @@ def test_errors_are_those_of_repeated_draws(function):
     assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.2)  # 6 % is the error of the deviation
 
 
+@pytest.mark.slow
 def test_a_classifier_has_the_accuracy_of_the_best_one():
     x, y = normal(600, 2), normal(600, 2, number=1)
     best = (1 + math.erf(0.5 / math.sqrt(2))) / 2  # of two Gaussians at a distance of 1

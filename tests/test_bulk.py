@@ -167,6 +167,7 @@ def test_a_job_of_any_size_begins_at_once(levels):
     assert next(bulk_samples(_ode(levels), 2**32, batch_size=2)).indices == range(2)
 
 
+@pytest.mark.slow
 def test_an_inference_copy_is_made_once(net, monkeypatch):
     made = []
     copy = ScoreNet.inference_copy

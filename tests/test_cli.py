@@ -395,6 +395,7 @@ def _sample(folder, picture, *options):
     return main(["sample", folder, str(picture), "-n", "4", *chain, *options])
 
 
+@pytest.mark.slow
 def test_sample_writes_a_picture_and_prints_the_sampler(folder, tmp_path, capsys):
     assert _sample(folder, tmp_path / "a.png", "--quiet") == 0
     printed = capsys.readouterr()
@@ -417,6 +418,7 @@ def test_the_seed_determines_the_picture(folder, tmp_path):
     assert a == b != c
 
 
+@pytest.mark.slow
 def test_one_image_has_no_border(folder, tmp_path, capsys):
     assert _sample(folder, tmp_path / "one.png", "-n", "1", "--quiet") == 0
     assert "1 image in" in capsys.readouterr().out
@@ -425,6 +427,7 @@ def test_one_image_has_no_border(folder, tmp_path, capsys):
     assert one.shape == (1, 8, 8) and four.shape == (1, 12, 42)
 
 
+@pytest.mark.slow
 def test_an_existing_picture_is_overwritten_only_with_the_option(folder, tmp_path, monkeypatch, capsys):
     picture = tmp_path / "a.png"
     save_image(torch.zeros(1, 3, 3), picture)
@@ -441,6 +444,7 @@ def test_an_existing_picture_is_overwritten_only_with_the_option(folder, tmp_pat
     assert read_image(picture, 1).shape == (1, 22, 22)
 
 
+@pytest.mark.slow
 def test_the_recommended_sampler_is_used(tmp_path, capsys):
     net = _unet(1, NoiseSchedule.geometric(1, 0.01, 20))
     net.sampler_settings = SamplerSettings(sampler="ode", levels=4)
@@ -517,6 +521,7 @@ def test_restore_with_a_network_that_draws_no_pictures_gives_an_error(tmp_path, 
     assert "1 or 3 channels, but the sample_shape of" in error and "is (2, 8, 8)" in error
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_size_of_its_images_is_converted_but_not_sampled(tmp_path, capsys):
     torch.manual_seed(0)
     net = ScoreNet.ncsn(1, width=4, image_size=8)
@@ -585,6 +590,7 @@ def test_restore_writes_pictures_and_strips(folder, pictures, tmp_path, capsys):
     assert printed.err == ""
 
 
+@pytest.mark.slow
 def test_restore_with_degrade_shows_the_original_last(folder, pictures, tmp_path):
     seen = torch.arange(8).expand(8, 8) < 4
     save_image(seen[None].float(), tmp_path / "mask.png")
@@ -613,6 +619,7 @@ def test_restore_with_every_operator_and_method(folder, pictures, tmp_path, meth
     assert read_image(tmp_path / "out" / "a-1.png", 1).shape == (1, height, height)
 
 
+@pytest.mark.slow
 def test_restore_writes_the_uncertainty(folder, pictures, tmp_path, capsys):
     out, options = tmp_path / "out", ("--operator", "uncrop:left=2", "--uncertainty")
     assert _restore(folder, pictures / "a.png", out, *options) == 0
@@ -634,6 +641,7 @@ def test_restore_writes_the_uncertainty(folder, pictures, tmp_path, capsys):
     assert "--uncertainty needs several restorations of each picture, got -n 1. Write -n 20." in error
 
 
+@pytest.mark.slow
 def test_restore_with_particles_prints_the_evidence(folder, pictures, tmp_path, capsys):
     options = ["--levels", "3", "-n", "2", "--particles", "4", "--sigma", "0.2", "--restore-method", "guide"]
     save_image(torch.rand(1, 8, 6), pictures / "a.png")
@@ -649,6 +657,7 @@ def test_restore_with_particles_prints_the_evidence(folder, pictures, tmp_path, 
     assert float(printed[1]) == pytest.approx(evidence, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_restore_colors_gray_pictures(tmp_path, pictures, capsys):
     rgb = _saved(ScoreNet.ncsnv2(3, 8, width=4), tmp_path / "rgb")
     assert _restore(rgb, pictures / "a.png", tmp_path / "out", "--operator", "gray") == 0
@@ -667,6 +676,7 @@ def conditional(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [("--operator", "gray"), ("--operator", "uncrop:left=4"), ("--operator", "jpeg:10")]
 )
@@ -707,6 +717,7 @@ def test_restore_uses_the_sampler_that_suits_the_network(tmp_path, pictures, cap
     assert capsys.readouterr().out.startswith("the luma of pictures in color is taken, since gray measures gray images")
 
 
+@pytest.mark.slow
 def test_restore_passes_the_class_to_the_network(tmp_path, pictures, capsys):
     classes = _saved(_unet(1, classes=3), tmp_path / "network")
     for label in ("0", "2"):
@@ -749,6 +760,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_an_operator_of_a_file_runs_its_code_and_says_so(folder, pictures, tmp_path, capsys):
     file, drawn = tmp_path / "mine.py", ("--device", "cpu", "--levels", "2", "--quiet", "--features", "none")
     file.write_text(OWN)
@@ -829,6 +841,7 @@ def test_restore_observes_the_white_or_the_black_part_of_the_mask(folder, pictur
     assert f"{75 if end else 25} % of the image is observed with {operator}\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_restore_lists_the_broken_pictures_at_the_end_and_restores_the_others(folder, pictures, tmp_path, capsys):
     (pictures / "c.png").write_text("not a picture")
     save_image(torch.rand(1, 8, 7), pictures / "d.png")
@@ -920,6 +933,7 @@ def test_restore_rejects_an_output_folder_with_a_picture_extension(folder, pictu
     assert not (tmp_path / name).exists()
 
 
+@pytest.mark.slow
 def test_restore_overwrites_a_picture_only_with_the_option(folder, pictures, monkeypatch, capsys):
     save_image(torch.rand(1, 8, 8), pictures / "a-1.png")
     before = (pictures / "a-1.png").read_bytes()

@@ -48,6 +48,7 @@ def test_training_chooses_the_network_and_its_conditions(run, capsys):
     assert "condition    a vector of 2 values" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_levels")
 def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
     sample = ["sample", str(run), *QUIET]
@@ -152,6 +153,7 @@ def test_a_condition_of_bulk_samples_is_that_of_each_sample():
         bulk_samples(sampler, 5, condition=rows, classes=1)
 
 
+@pytest.mark.slow
 def test_a_vector_and_an_image_go_together_through_the_commands(tmp_path, capsys):
     vectors, image = np.random.default_rng(0).random((20, 3)).astype(np.float32), _data((1, 8), n=20)
     np.savez(tmp_path / "x.npz", x=_data((2, 8), n=20), condition=vectors, image=image)
@@ -209,6 +211,7 @@ def test_a_network_is_evaluated_with_the_conditions_of_the_reference():
         evaluate(sampler, x, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2,), (2, 16), (1, 8, 8), (2, 4, 8, 6)])
 def test_plots_show_every_kind_of_data(tmp_path, shape):
     save_plot(torch.from_numpy(_data(shape, n=2)), tmp_path / "plot.png")

@@ -79,6 +79,7 @@ def test_evaluate_leaves_out_broken_images_and_says_so(folder, tmp_path, restore
     assert "1.png cannot be read as an image" in _refused([*map(str, command), "--strict"], capsys)
 
 
+@pytest.mark.slow
 def test_evaluate_a_network(folder, tmp_path, capsys):
     out = tmp_path / "out"
     options = ("-n", 6, "--features", "pixels", "--metrics", "precision-recall", "--seed", 3, "--levels", 2)
@@ -152,6 +153,7 @@ def test_evaluate_images(folder, capsys):
     )
 
 
+@pytest.mark.slow
 def test_evaluate_restorations(folder, tmp_path, capsys):
     out = tmp_path / "out"
     options = ("--features", "pixels", "--metrics", "precision-recall", "--draws", 3, "--sigma", 0.1, "--out", out)
@@ -301,6 +303,7 @@ def test_tune_of_restorations(folder, tmp_path, capsys):
     assert (tmp_path / "tuned" / "tune.json").is_file() and f"{tmp_path / 'tuned'}\n" in printed
 
 
+@pytest.mark.slow
 def test_wrong_arguments_of_tune_are_refused(folder, capsys):
     network, reference = folder / "network", ("--reference", folder / "real.npz")
     for arguments, message in [

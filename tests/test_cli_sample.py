@@ -85,6 +85,7 @@ def test_the_images_of_a_seed_are_the_same_in_every_output(folder, tmp_path, cap
     assert not torch.equal(expected[0], expected[1])
 
 
+@pytest.mark.slow
 def test_an_existing_folder_gets_one_file_per_image(folder, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert _sample(folder, tmp_path, "-n", 2, "--levels", 2) == 0
@@ -109,6 +110,7 @@ def _animation(path):
     return torch.stack(frames), durations
 
 
+@pytest.mark.slow
 def test_an_animation_shows_the_way_from_noise_to_the_images(folder, tmp_path, capsys):
     chain = ("-n", 4, "--sampler", "ancestral")
     assert _sample(folder, tmp_path / "a.png", *chain, "--levels", 9, "--gif") == 0
@@ -135,6 +137,7 @@ def test_an_animation_of_many_steps_has_at_most_60_frames(folder, tmp_path):
     assert torch.equal(frames[-1].float() / 255, read_image(tmp_path / "a.png", 1)[0])
 
 
+@pytest.mark.slow
 def test_an_animation_in_a_folder(folder, tmp_path, capsys):
     assert _sample(folder, "--out", tmp_path, "-n", 3, "--levels", 3, "--gif") == 0
     lines = [str(tmp_path / name) for name in ("sheet.png", "sheet.gif")]
@@ -147,6 +150,7 @@ def test_an_animation_in_a_folder(folder, tmp_path, capsys):
 # -- A folder
 
 
+@pytest.mark.slow
 def test_a_folder_of_images(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert _sample(folder, "--out", out, "-n", 5, "--batch-size", 2) == 0
@@ -182,6 +186,7 @@ def test_the_same_command_continues_and_a_larger_n_adds_images(folder, tmp_path,
     assert "has samples with other settings: seed was 0 and is 1" in error
 
 
+@pytest.mark.slow
 def test_files_of_arrays_have_the_same_sheet_as_pictures(folder, tmp_path):
     for options, name in [(["--npz"], "arrays"), ([], "pictures")]:
         assert _sample(folder, "--out", tmp_path / name, "-n", 3, "--columns", 3, *options) == 0
@@ -210,6 +215,7 @@ def test_classes_of_a_folder(classes, tmp_path):
     assert (tmp_path / "two" / "labels.csv").read_text().splitlines()[3] == "000002.png,0"
 
 
+@pytest.mark.slow
 def test_classes_of_a_sheet(classes, tmp_path):
     for label in ("0", "cycle"):
         assert _sample(classes, tmp_path / f"{label}.png", "-n", 3, "--class", label) == 0

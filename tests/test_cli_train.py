@@ -176,12 +176,14 @@ def test_growing_announces_its_stages(faces, tmp_path, calls, monkeypatch, capsy
     assert calls[-1][0].config["block_out_channels"] == [48, 96, 128] and calls[-1][-1]["images"] == 700_000
 
 
+@pytest.mark.slow
 def test_the_trained_network_can_be_loaded_and_sampled(run, tmp_path):
     net = ScoreNet.from_pretrained(run[0] / "network")
     assert net.sample_shape == (3, 8, 8) and net.sampler_settings.sampler == "ode"
     assert main(["sample", str(run[0] / "network"), str(tmp_path / "faces.png"), "-n", "2", "--quiet"]) == 0
 
 
+@pytest.mark.slow
 def test_the_same_command_continues_a_run_and_other_options_give_an_error(faces, run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "_SAMPLES", 2)
     out = tmp_path / "run"
@@ -256,6 +258,7 @@ def test_torchrun_trains_the_same_network_in_two_processes(forks, faces, tmp_pat
 # -- Options
 
 
+@pytest.mark.slow
 def test_the_timed_step_has_the_images_of_one_device(faces, tmp_path, monkeypatch):
     """The whole batch would not fit into the memory of a device."""
     seen = []
@@ -382,6 +385,7 @@ def test_start_with_a_recipe_trains_the_network_of_the_recipe_from_given_weights
     assert "network   tiny: " in printed and f"\n          begins with the weights of {start}\n" in printed
 
 
+@pytest.mark.slow
 def test_start_must_be_the_network_of_the_recipe(faces, run, tmp_path, capsys):
     start = run[0] / "network"
     arguments = ["train", faces, "--out", tmp_path / "run", "--start", start, "--recipe", "ncsn-cifar10", "--dry-run"]
@@ -650,6 +654,7 @@ def test_ema_writes_an_average_of_another_length(run, tmp_path, capsys):
         assert _same(ScoreNet.from_pretrained(out).state_dict(), expected.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "name"), [("0.08", "ema-0.080"), ("0.0812", "ema-0.0812"), (".289", "ema-0.289")])
 @pytest.mark.filterwarnings("ignore:.*give an inaccurate average:UserWarning")
 def test_ema_writes_to_the_folder_of_the_run_by_default(run, tmp_path, capsys, length, name):

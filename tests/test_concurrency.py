@@ -27,6 +27,7 @@ def _net(kind=0):
 # -- Folders ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_reading_waits_for_the_end_of_a_replacement(tmp_path):
     """With files that belong together: all of them are old or all of them are new."""
     names, stop = [f"{i}.txt" for i in range(5)], threading.Event()

@@ -63,6 +63,7 @@ def example(net):
     return x, {name: parts[name] for name in net.conditioning.parts()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", NETWORKS)
 def test_every_part_matters_and_a_part_that_is_left_out_is_the_null(make, tmp_path):
     net = perturbed(make())
@@ -190,6 +191,7 @@ class Items(torch.utils.data.Dataset):
         return self.items[i]
 
 
+@pytest.mark.slow
 def test_training_with_a_class_and_a_vector(tmp_path):
     """The data of all kinds have both; dropped samples train the nulls; a network may take one of them only."""
     n = 32

@@ -50,6 +50,7 @@ def _agrees(net, fixture):
         assert ((found - case["out"]).abs().amax((1, 2, 3)) <= limit).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "legacy"), [("ncsn_mnist", True), ("ncsnv2", False), ("ncsnv2deeper", False)])
 def test_a_converted_network_gives_the_published_outputs(name, legacy, files, tmp_path):
     fixture, checkpoint, config = files(name, legacy=legacy)
@@ -70,6 +71,7 @@ def test_the_configuration_gives_the_size_and_the_published_settings(files, tmp_
     assert not sampler.exact_noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rescaled", [False, True])
 def test_ncsn_gets_the_sampler_of_its_authors_program(rescaled, files, tmp_path):
     """100 steps at each of the 10 levels with the step size 2e-5, and no final denoising."""
@@ -101,6 +103,7 @@ def test_whether_ncsnv2_denoises_is_read(files, tmp_path):
     assert net.sampler_settings.options["denoise"] is False and len(recommended_sampler(net)) == 1160
 
 
+@pytest.mark.slow
 def test_the_averaged_weights_are_converted_unless_raw(files, tmp_path):
     fixture, checkpoint, config = files("ncsnv2")
     raw = convert(checkpoint, tmp_path / "raw", config=config, raw=True)
@@ -188,6 +191,7 @@ def test_uniform_levels_are_evenly_spaced(files, tmp_path):
     assert (schedule.sigma_max, schedule.sigma_min) == (50, 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ncsn_mnist", "ncsnv2"])
 def test_rescaled_networks_are_scores_of_images_in_0_1(name, files, tmp_path, rng):
     """Trained on y = 2x - 1 without centering, the score of x at sigma is twice the score of y at 2 sigma."""

@@ -86,6 +86,7 @@ def test_draws_are_nearer_to_the_posterior_of_a_nonlinear_measurement_than_those
     assert (spread(found, weights) - 1).abs().max() < 0.25
 
 
+@pytest.mark.slow
 def test_draws_are_those_of_the_exact_posterior_of_a_linear_measurement():
     observation = Observation(Matrix(torch.tensor([[1.0, 0.5]])), torch.tensor([[1.2]]), 0.3)
     x = run(DecoupledSampler(ROUND), 1000, shape=(2,), observation=observation, generator=0).double()

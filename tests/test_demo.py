@@ -144,6 +144,7 @@ def test_restorations_do_not_use_the_settings_for_drawing():
     assert list(map(repr, made)) == [repr(ODESampler(restorer.net, restore="guide", levels=each)) for each in (None, 3)]
 
 
+@pytest.mark.slow
 def test_a_draft_is_drawn_by_the_flow_with_the_fewest_calls():
     """Not by annealed sampling, whose image is another one, and only if the user has not chosen the sampler."""
     restorer = Restorer(_net_with_two_flows())
@@ -173,6 +174,7 @@ def test_the_last_frame_of_a_drawing_is_a_sample(gray):
     assert torch.equal(last.denoised, expected) and last.sigma == 0
 
 
+@pytest.mark.slow
 def test_a_class_reaches_the_network():
     restorer = Restorer(_net(classes=3, null_class=True))
     drawn = [list(restorer.draw(Choices("langevin", 6, label=label)))[-1].denoised for label in (None, 0, 1)]
@@ -418,6 +420,7 @@ def test_a_drawing_appears_on_the_canvas_and_the_next_one_differs(gray):
     assert "6 of 6 network calls" in page and "download='drawn-1.png'" in page
 
 
+@pytest.mark.slow
 def test_a_draft_is_shown_until_it_is_refined_with_the_same_seed():
     net = _net_with_two_flows(channels=3, classes=3, null_class=True)
     events, before = Events(Restorer(net)), Draft(CHOICES, torch.zeros(3, 8, 8))

@@ -176,6 +176,7 @@ class OneDevice(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_network_on_the_cpu_does_not_depend_on_the_default_device(tmp_path):
     x, sigma = torch.rand(2, 1, 8, 8), torch.tensor([0.3, 0.4])
@@ -249,7 +250,8 @@ def test_samplers_rarely_read_values_on_the_host(kind, network):
     assert reads.count <= 4 + len(sampler) / 8
 
 
-@pytest.mark.parametrize("name", ["ncsn", "unet, image", pytest.param("DDPM++, classes", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ncsn", "unet, image", "DDPM++, classes"])
 @torch.no_grad()
 def test_noise_levels_on_the_device_are_not_read(name):
     score, x = _on_meta(name).inference_copy(), torch.empty(2, 3, 8, 8, device="meta")
@@ -452,6 +454,7 @@ def test_training_does_not_depend_on_the_default_device(tmp_path):
     assert (tmp_path / "report.md").exists() and (tmp_path / "samples" / "000000032.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("meta_by_default")
 def test_evaluation_does_not_depend_on_the_default_device(tmp_path):
     with torch.device("cpu"):

@@ -176,6 +176,7 @@ def test_the_slope_and_the_bias_of_the_denoised_images_have_their_closed_form(im
     assert near(rows[0].calibration, 0, errors=1) and not near(rows[0].slope, 1, errors=4)
 
 
+@pytest.mark.slow
 def test_the_errors_of_the_slope_and_the_bias_are_their_standard_deviations():
     world = gaussian_images((12,))
     found = [level_losses(world, world.sample(60, i), [1.0], n=None, seed=i, progress=False)[0] for i in range(100)]
@@ -287,6 +288,7 @@ def distances(world, change=lambda x: x, **options):
 DISTANCES = ("mean", "covariance", "energy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
 def test_the_distance_of_an_exact_sampler_is_within_its_monte_carlo_error(kind, world, mixture):
     exact = {"gaussian": world, "mixture": mixture}[kind]
@@ -488,6 +490,7 @@ def test_overconfident_draws_are_found_with_their_spread():
     assert near(share, float(((rank >= 1) & (rank <= 18)).double().mean()))
 
 
+@pytest.mark.slow
 def test_shifted_draws_are_found_with_their_shift():
     world = small("gaussian")
     found = calibrated(world, lambda x, mean: x + 0.4, observations=200, draws=19)
@@ -545,6 +548,7 @@ def test_every_method_is_near_the_posterior_of_white_data():
         assert each.spread.value == pytest.approx(1, abs=0.15) and each.shift < 0.2, each.name
 
 
+@pytest.mark.slow
 def test_the_calibration_does_not_depend_on_the_default_dtype():
     ranks = calibrated(small("gaussian"), observations=100).ranks
     torch.set_default_dtype(torch.float64)

@@ -511,6 +511,7 @@ def test_diffusers_loads_a_saved_unet_only_if_it_computes_the_same(row, fourier,
         torch.testing.assert_close(net(x, sigma), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_network_that_diffusers_saves_again_loads_with_its_scheduler(tmp_path, rng):
     """diffusers keeps the keys of this package in config.json, but not the file of the noise levels."""
     net = ScoreNet.from_diffusers(_theirs(), DDPMScheduler(num_train_timesteps=50, prediction_type="v_prediction"))
@@ -567,6 +568,7 @@ def test_a_pipeline_that_is_read_and_saved_draws_the_same_samples(scheduler, in_
     assert (images[0] == images[1]).all()
 
 
+@pytest.mark.slow
 def test_the_scheduler_of_a_network_that_diffusers_cannot_sample_is_kept(tmp_path):
     fourier = _theirs(time_embedding_type="fourier", **BLOCKS)
     scheduler = {**VE, "snr": 0.123, "correct_steps": 3, "other": {"nested": [1, "a", None]}}

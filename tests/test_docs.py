@@ -57,7 +57,7 @@ SLOW_PAGES = {
     "training",
 }
 SLOW_MODULES = {
-    f"scorematch.{name}" for name in ("training.recipes", "training.run", "sampling.bulk")
+    f"scorematch.{name}" for name in ("training.incomplete", "training.recipes", "training.run", "sampling.bulk")
 }  # of their doctests
 # What the code of a page has in the tests in place of many images or observations.
 SMALLER = {

@@ -126,6 +126,7 @@ def test_reconstruct_keeps_weights_that_are_not_trained(tmp_path):
     torch.testing.assert_close(found, net.backbone.time_proj.weight, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_reconstruct_keeps_integer_buffers(tmp_path):
     """A sum of fractions of 7 may be 6.999, which is 6 as an integer."""
 
@@ -139,6 +140,7 @@ def test_reconstruct_keeps_integer_buffers(tmp_path):
     assert torch.equal(reconstruct(tmp_path, 0.08, backbone=backbone()).backbone.order, torch.arange(100))
 
 
+@pytest.mark.slow
 def test_reconstruct_reads_nothing_but_snapshots(tmp_path):
     quick(points_net(), points(), tmp_path, snapshot_every=20)
     expected = vector(reconstruct(tmp_path, 0.08, backbone=MLP()))
@@ -167,9 +169,8 @@ def test_reconstruct_gives_averages_of_any_length_after_a_run(tmp_path):
         reconstruct(tmp_path, 0.07, images=30_000, backbone=MLP())
 
 
-@pytest.mark.parametrize(
-    "ema", [(0.2504, 0.2496), *(pytest.param(one, marks=pytest.mark.slow) for one in ((0.0125,), (0.0004,)))], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [(0.2504, 0.2496), (0.0125,), (0.0004,)], ids=str)
 def test_lengths_of_averages_with_many_digits(tmp_path, ema):
     """Files have the whole length in their names: averages are neither confused nor reconstructed for another length.
 

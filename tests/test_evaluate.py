@@ -295,6 +295,7 @@ def test_folders_of_networks_are_told_from_images(folder, tmp_path, net):
 # -- Samples of a network
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_bulk_sampling(net, folder, tmp_path):
     real, sampler = images(30, size=8), ODESampler(net, levels=2)
     samples = torch.cat([batch.images for batch in bulk_samples(sampler, 5, seed=5, batch_size=4)])
@@ -318,6 +319,7 @@ def test_the_sampler_is_the_recommended_one_or_a_chosen_one(net):
     assert chosen == same and chosen.settings["images"]["sampler"]["method"] == "dpm-solver++"
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_continues_and_other_metrics_draw_nothing(net, tmp_path, monkeypatch):
     real, out = images(30, size=8), tmp_path / "out"
     options = {"n": 10, "batch_size": 4, "out": out}
@@ -677,6 +679,7 @@ def test_files_that_do_not_exist_are_named():
             run(name, images(5))
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_folder(net, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

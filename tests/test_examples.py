@@ -404,6 +404,7 @@ def test_palette_trains_on_cifar10(images, tmp_path, program):
     assert "accuracy" not in (tmp_path / "run" / "figures.csv").read_text()
 
 
+@pytest.mark.slow
 def test_colored_digits_have_equal_luma_and_the_shares_of_the_colors(example):
     palette = example("palette")
     white = torch.full((3000, 1, 28, 28), 255, dtype=torch.uint8)

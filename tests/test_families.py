@@ -198,6 +198,7 @@ def test_a_copy_with_a_fixed_level_uses_the_level_that_was_set(name, rng):
         torch.testing.assert_close(fixed(*arguments), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ncsnpp", "NCSN++"])
 @torch.no_grad()
 def test_the_frequencies_of_fourier_features_are_not_rounded_in_half_precision(name, rng):

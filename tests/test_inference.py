@@ -91,6 +91,7 @@ def test_the_copy_predicts_the_same_variance(name, dtype, tolerance, rng, monkey
         _copy("unet", dtype).score_and_variance(x, 0.3)
 
 
+@pytest.mark.slow
 @every_net({"ncsn", "unet, image and variance", "unet, ADM"})
 @torch.no_grad()
 def test_denoise_equals_tweedies_formula(name, rng):
@@ -251,6 +252,7 @@ def test_gradients_of_a_level_after_a_call_at_another_level(name, rng):
 # -- Once per level
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* noise levels of the schedule are not among:UserWarning")  # of NCSN
 @torch.no_grad()
 def test_what_depends_on_sigma_is_computed_once_per_level(rng, rows):
@@ -403,6 +405,7 @@ def test_inference_copy_of_a_network_with_adapters_is_the_network_itself(change)
     assert run(AnnealedLangevinSampler(net, SHORT, steps_per_level=1), 2).shape == (2, 5, SIZE, SIZE)
 
 
+@pytest.mark.slow
 def test_copied_and_loaded_networks_have_an_inference_copy(tmp_path):
     made = (ScoreNet.ncsn(1, SIZE, width=4, schedule=LEVELS), ScoreNet.unet(1, SIZE, widths=(8, 8), schedule=LEVELS))
     for net in map(copy.deepcopy, made):
@@ -550,10 +553,9 @@ def _tiny():
     return ScoreNet(UNet(1, 1, num_class_embeds=3, **options, **_one_block()), LEVELS, sample_shape=(1, SIZE, SIZE))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*noise levels of the schedule are not among")
-@pytest.mark.parametrize(
-    "name", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ncsn", "unet, classes", "ncsnpp"))]
-)
+@pytest.mark.parametrize("name", ["tiny", "ncsn", "unet, classes", "ncsnpp"])
 @torch.no_grad()
 def test_a_copy_is_compiled_once_for_all_levels_and_runs(name, rng, compiler):
     net = _tiny() if name == "tiny" else network(name)

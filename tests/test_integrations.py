@@ -71,6 +71,7 @@ def test_an_exact_score_from_numpy_gives_the_moments_of_the_data(example):
     assert (np.abs(np.cov(samples.T) - covariance) < bound).all()
 
 
+@pytest.mark.slow
 def test_the_loss_before_the_training_is_the_stated_one(monkeypatch):
     """The programs print it divided by D/2. It is not 1: the data are darker than those that "karras" assumes."""
     monkeypatch.syspath_prepend(FOLDER)

@@ -157,6 +157,7 @@ def test_an_error_of_a_save_names_the_folder(tmp_path, monkeypatch):
     assert str(error) == f"[Errno {errno.ENOSPC}] {tmp_path} could not be written: full"
 
 
+@pytest.mark.slow
 def test_a_network_is_loaded_after_a_killed_save(tmp_path, monkeypatch):
     """In the middle of the replacement, when the folder has files of both networks."""
     net, other, folder = _small("own"), _small("diffusers"), tmp_path / "net"

@@ -118,6 +118,7 @@ def test_the_modes_of_a_mixture_get_their_weights(mixture, rng):
     assert (x[upper].std(0) / 0.5 - 1).abs().max() < 5 / math.sqrt(2 * 0.8 * n) + 0.02
 
 
+@pytest.mark.slow
 def test_langevin_dynamics_at_one_level_does_not_give_modes_their_weights(mixture, rng):
     """Figure 3 of the 2019 paper: at one low noise level the modes keep the shares of the start."""
     sampler = AnnealedLangevinSampler(mixture, NoiseSchedule([0.1]), steps_per_level=300, step_size=0.005)
@@ -174,6 +175,7 @@ def test_sampling_ends_with_tweedies_formula(rng):
 # -- Seeds
 
 
+@pytest.mark.slow
 def test_a_seed_determines_every_bit_and_leaves_the_global_generator_alone(world):
     sampler = AnnealedLangevinSampler(world, SHORT)
     state = torch.get_rng_state()
@@ -206,6 +208,7 @@ def test_batch_size_limits_network_calls_and_does_not_change_samples(world):
     torch.testing.assert_close(whole, split, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_default_batches_have_at_most_2_to_the_20_values():
     seen = []
 
@@ -220,6 +223,7 @@ def test_default_batches_have_at_most_2_to_the_20_values():
     assert seen[0] == 1
 
 
+@pytest.mark.slow
 def test_a_batch_equals_its_parts_with_the_same_noise(rng):
     torch.manual_seed(0)
     net = ScoreNet.ncsn(1, 8, width=4, schedule=SHORT)
@@ -252,6 +256,7 @@ class Recorder(nn.Module):
         return torch.zeros_like(x) * self.anchor
 
 
+@pytest.mark.slow
 def test_image_sampling_starts_around_one_half_and_ends_in_the_value_range(rng):
     net = ScoreNet(Recorder(), NoiseSchedule.geometric(2, 0.01, 40), sample_shape=(1, 20, 20))
     still = AnnealedLangevinSampler(net, steps_per_level=2, step_size=1e-9)
@@ -290,6 +295,7 @@ def test_the_condition_is_divided_into_batches_like_the_state():
     assert net.backbone.calls[0][3] == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_networks_of_other_precisions(dtype):
     torch.manual_seed(0)

@@ -105,6 +105,7 @@ def test_the_same_seed_gives_the_same_numbers():
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+@pytest.mark.slow
 def test_learned_settings_survive_saving_and_a_bfloat16_copy(tmp_path):
     net = _net()
     net.sampler_settings = SamplerSettings("ode", method="unipc", sigmas=SIGMAS, coefficients=COEFFICIENTS)
@@ -121,6 +122,7 @@ def test_learned_settings_survive_saving_and_a_bfloat16_copy(tmp_path):
     assert restored.isfinite().all()
 
 
+@pytest.mark.slow
 def test_what_was_learned_is_kept_in_the_folder(tmp_path, monkeypatch, capsys):
     """With another seed the command refuses the folder."""
     quick = partial(learned_settings, fine=FINE.respaced(5), iterations=1, batch_size=2)
@@ -142,6 +144,7 @@ def test_what_was_learned_is_kept_in_the_folder(tmp_path, monkeypatch, capsys):
     assert "learned.json has other settings: seed was 0 and is 1. Pass the same to continue, or another" in message
 
 
+@pytest.mark.slow
 def test_settings_learned_for_another_network_or_guidance_give_a_warning(tmp_path):
     net, other = _net(classes=2, null_class=True), ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, schedule=FINE)
     guided = partial(classifier_free, net)

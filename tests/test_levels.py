@@ -39,6 +39,7 @@ def test_the_path_is_the_shortest_of_all():
             assert _shortest(error, steps) == paths[lengths.index(min(lengths))]
 
 
+@pytest.mark.slow
 def test_the_levels_reduce_the_error():
     """The median over paths in 16 dimensions, from other starts than those from which the levels were chosen."""
     means = torch.randn(10, 16, generator=seed(1), dtype=torch.float64)
@@ -65,6 +66,7 @@ def test_the_levels_have_the_units_of_the_data(world):
     assert len(found) == 6 and found[0] == 200 and set(found.tolist()) <= set(fine)
 
 
+@pytest.mark.slow
 def test_paths_of_a_network_with_classes():
     torch.manual_seed(0)
     net = ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, classes=3, schedule=FINE)
@@ -95,6 +97,7 @@ def test_settings_store_levels(tmp_path, capsys):
     assert "sigmas must be strictly descending" in refused(["sample", tmp_path, tmp_path / "b.png"], capsys)
 
 
+@pytest.mark.slow
 def test_alternatives_for_fewer_calls(tmp_path, capsys):
     net = ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, schedule=FINE)
     few = SamplerSettings("ode", sigmas=[20.0, 3, 0.5], method="unipc")

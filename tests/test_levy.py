@@ -108,6 +108,7 @@ def test_the_score_and_its_jacobian_are_those_of_numerical_integration(kind, sig
     assert torch.equal(world(x, sigma), world(x, sigma))
 
 
+@pytest.mark.slow
 def test_with_many_degrees_of_freedom_signals_are_gaussian():
     world = LevyProcess(Student(4000.0), 6, (1, 6), sweeps=8)
     gaussian = Gaussian(torch.zeros(6), world.covariance, (1, 6))

@@ -83,6 +83,7 @@ def test_likelihood_for_data_at_a_point_is_exact_with_few_levels():
     torch.testing.assert_close(likelihood(middle, x + 4, NoiseSchedule([10.0, 3.0, 0.7]), probes=None), found)
 
 
+@pytest.mark.slow
 def test_random_directions_estimate_the_trace_without_bias(world):
     """With four directions the standard deviation is half of that with one."""
     x = world.sample(1, seed(0)).double().expand(2000, 3)
@@ -106,6 +107,7 @@ def test_one_random_direction_gives_the_exact_trace_of_a_diagonal_jacobian():
     torch.testing.assert_close(one, exact)
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_each_other(rng):
     torch.manual_seed(0)
     net = ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, schedule=NoiseSchedule.geometric(5, 0.05, 10))
@@ -138,6 +140,7 @@ def test_bits_per_dimension_of_a_certain_score_are_the_documented_minimum():
     assert float(found.mean()) == pytest.approx(math.log2(255 * sigma * math.sqrt(2 * math.pi)) + spread, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_bits_per_dimension_of_a_wide_gaussian_are_its_entropy():
     """For images drawn from it. The gray levels are narrow, so that quantization does not matter."""
     deviation, n = 0.1, 200_000
@@ -186,6 +189,7 @@ def test_invalid_arguments_raise(function, arguments, error, message):
         function(**{"net": lambda x, sigma: -x, "schedule": WIDE, **arguments})
 
 
+@pytest.mark.slow
 def test_likelihood_is_equal_in_inference_mode_and_for_wrapped_networks(rng):
     torch.manual_seed(0)
     net = ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, schedule=NoiseSchedule.geometric(10, 0.01, 6)).eval()
@@ -198,6 +202,7 @@ def test_likelihood_is_equal_in_inference_mode_and_for_wrapped_networks(rng):
     assert torch.equal(likelihood(torch.nn.DataParallel(net), x, few, generator=seed(0)), expected)
 
 
+@pytest.mark.slow
 def test_the_dtype_of_the_score_does_not_matter(rng):
     x = torch.randn(4, 3, generator=rng)
     found = likelihood(lambda x, sigma: (-x / (1 + sigma**2)).double(), x, probes=None)
@@ -321,6 +326,7 @@ def digits():
     return Digits()
 
 
+@pytest.mark.slow
 def test_the_bits_of_a_gaussian_data_set_are_its_entropy_within_the_error(digits):
     """The gray levels are narrow, so that quantization does not matter."""
     found = digits.bits(checks=100)
@@ -372,6 +378,7 @@ def test_the_change_with_twice_the_levels_shows_the_error_of_the_steps(digits):
     assert abs(fine.change.value) < abs(coarse.change.value) / 50
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_the_order_the_batches_or_the_other_images(digits):
     options = {"schedule": NoiseSchedule.karras(20, 0.002, 8), "checks": 2}
     known = digits.bits(n=None, **options)

@@ -91,6 +91,7 @@ def test_published_value_of_the_sliced_loss(published):
     torch.testing.assert_close(loss, case["loss"], rtol=2e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_gradients_equal_those_of_the_formula(rng):
     """For a noise-conditional network, against the formula of the loss in double precision."""
     torch.manual_seed(0)
@@ -178,6 +179,7 @@ def test_the_loss_in_a_region_ignores_other_values_and_is_scaled_by_its_area(rng
     torch.testing.assert_close(losses, expected)
 
 
+@pytest.mark.slow
 @given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=4), batch=st.integers(1, 5))
 @settings(deadline=None)
 def test_data_of_any_shape(shape, batch):
@@ -319,12 +321,11 @@ def test_dsm_loss_under_autocast(rng):
 
 
 NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None
-INDUCTOR = [pytest.mark.slow, pytest.mark.skipif(NO_COMPILER, reason="needs a C++ compiler")]
+INDUCTOR = pytest.mark.skipif(NO_COMPILER, reason="needs a C++ compiler")
 
 
-@pytest.mark.parametrize(
-    "backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=INDUCTOR)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=INDUCTOR)])
 @pytest.mark.filterwarnings("ignore")
 def test_dsm_loss_in_a_compiled_function(backend, rng):
     net, (x, fixed) = _smallest(), _batch(rng)
@@ -531,6 +532,7 @@ def test_the_true_score_minimizes_the_sliced_loss(mixture, rng):
     assert loss(1.0) < min(loss(0.9), loss(1.1))
 
 
+@pytest.mark.slow
 def test_sliced_loss_gives_every_parameter_a_gradient(rng):
     net, (x, fixed) = _small(), _batch(rng)
     value = sliced_score_matching_loss(net, x, **fixed, generator=0)

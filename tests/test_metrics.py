@@ -211,6 +211,7 @@ def test_the_standard_error_in_one_dimension():
     assert found.error == pytest.approx(float(change.std() / 20), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_the_spread_over_many_sets():
     root, reference = normal(4, 4), normal(3000, 4, 1)
     found = [frechet_distance(normal(300, 4, 10 + i) @ root + 0.3, reference) for i in range(200)]
@@ -266,6 +267,7 @@ def test_kernel_distance_of_whole_sets():
     assert found.value == pytest.approx(theirs[fidelity.KEY_METRIC_KID_MEAN], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_kernel_distance_of_subsets():
     """With subsets of two features of either set, all possible values are known, and so are their mean and spread."""
     a, b = normal(4, 2), normal(5, 2, 1) + 1
@@ -476,6 +478,7 @@ def value(name, features):
     return [value for figure in metric(Extracted(features, features), reference).values() for value in figure if value]
 
 
+@pytest.mark.slow
 @every_metric
 def test_the_order_and_the_precision_of_features_do_not_matter(name):
     features = normal(64, DIMENSION)

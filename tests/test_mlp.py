@@ -108,6 +108,7 @@ def test_guidance_with_a_vector():
         assert torch.allclose(classifier_free(net, 1.5)(x, 2.0, condition), none + 1.5 * (given - none), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda: network(3), lambda: small_unet(condition_features=3)], ids=["mlp", "unet"])
 def test_every_use_of_a_network_with_a_vector(make, tmp_path):
     net = make()

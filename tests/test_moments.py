@@ -50,6 +50,7 @@ def noises(y):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shift", "moment-matching", "guide"])
 def test_posteriors_in_units_of_a_power_of_two_are_the_same_to_the_bit(name):
     """Also if squares of squares of the values are not in float32."""
@@ -176,6 +177,7 @@ class Cubes(Operator):
         return x[..., ::2] ** 3
 
 
+@pytest.mark.slow
 def test_a_nonlinear_operator_is_met_within_its_noise():
     y = Cubes().measure(WORLD.sample(50, 1))
     sampler = ODESampler(WORLD, LEVELS, levels=10, clamp=False, restore="moment-matching")
@@ -215,6 +217,7 @@ def test_a_measurement_with_infinite_noise_leaves_the_score_of_the_prior():
         assert torch.allclose(method.score(WORLD, x, 0.5, ROWS), WORLD(x, 0.5), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_network_in_bfloat16_restores_like_one_in_float32(rng):
     exact, rounded = network("unet"), network("unet").bfloat16()
     x = images(2, rng)

@@ -323,6 +323,7 @@ def test_with_skips_it_is_the_unet_of_diffusers(rng):
 # -- Laws
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter(rng):
     for name in ("1331, residual, residual", "11, skip, skip", "classes"):
         options = {**BASE, **OPTIONS[name]}
@@ -422,6 +423,7 @@ def test_the_defaults_are_the_published_network_for_cifar10():
     assert net.schedule == NoiseSchedule.geometric(50, 0.01, 1000) and net.precondition == "karras"
 
 
+@pytest.mark.slow
 def test_attention_is_at_16_pixels():
     with on_meta():
         nets = [

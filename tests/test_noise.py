@@ -62,6 +62,7 @@ def test_published_settings_have_the_documented_variances():
 # -- Technique 4 and the variances
 
 
+@pytest.mark.slow
 @given(levels=st.integers(2, 400), sigma_max=st.floats(0.1, 400), steps=st.integers(1, 200), steer=st.floats(-0.5, 0.5))
 @settings(deadline=None)
 def test_technique_4_minimizes_the_variance_after_a_level(levels, sigma_max, steps, steer):
@@ -165,6 +166,7 @@ def test_json_restores_a_schedule_exactly(schedule):
     assert NoiseSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
+@pytest.mark.slow
 @given(schedules, st.integers(2, 50))
 @settings(deadline=None)
 def test_respacing_keeps_the_range_and_is_even_in_position(schedule, levels):
@@ -202,6 +204,7 @@ def test_an_end_of_a_range_may_be_rounded_to_float32():
     assert schedule.between(high, low) is schedule
 
 
+@pytest.mark.slow
 @given(schedules, st.sampled_from([torch.float32, torch.float64]))
 @settings(deadline=None)
 def test_the_position_of_a_level_is_its_index(schedule, dtype):
@@ -404,6 +407,7 @@ def test_annealed_langevin_dynamics_samples_two_modes_with_the_schedule_from_dat
     assert float(wrong.std(0).mean()) > 2 * float(x.std(0).mean())
 
 
+@pytest.mark.slow
 def test_annealed_langevin_dynamics_samples_a_ring_with_the_schedule_from_data():
     """With the sampler's default number of steps."""
     angle = torch.arange(64) * 2 * math.pi / 64

@@ -68,6 +68,7 @@ def test_a_smooth_image_is_mapped_as_its_function(given, map_of):
     torch.testing.assert_close(made[inside], image(*source)[inside], rtol=0, atol=0.03)
 
 
+@pytest.mark.slow
 def test_the_numbers_have_their_distribution():
     a = torch.stack([draw(generator) for generator in [seed(3)] for _ in range(2000)])
     shares = (a != 0).float().mean(0)
@@ -88,6 +89,7 @@ def _data():
 OPTIONS = {"images": 64, "batch_size": 8, "augment": ("nonleaking",), "lr": 1e-2, "precision": "float32"}
 
 
+@pytest.mark.slow
 def test_the_network_is_told_what_was_done_to_each_image():
     data, seen, net = _data(), [], image_net()
 

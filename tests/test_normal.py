@@ -61,6 +61,7 @@ def test_without_variance_the_steps_are_those_without_moments(eta):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "order", "rate"), [("dpm-solver++", 1, 1), ("dpm-solver++", 2, 2), ("unipc", 2, 3)])
 def test_the_order_for_data_that_are_not_normal(method, order, rate):
     x = 2 * torch.randn(20, *SHAPE, generator=seed(2), dtype=torch.float64)

@@ -524,6 +524,7 @@ def test_jpeg_without_pillow_says_what_to_install(monkeypatch):
 # -- Shapes
 
 
+@pytest.mark.slow
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.lists(st.integers(0, 8), min_size=4, max_size=4))
 @settings(deadline=None)
 def test_uncrop_of_any_size(n, height, width, borders):

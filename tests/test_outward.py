@@ -57,6 +57,7 @@ def test_a_pipeline_of_diffusers_draws_the_samples_of_the_ancestral_sampler(row,
     torch.testing.assert_close(torch.from_numpy(found).permute(0, 3, 1, 2), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_diffusers_has_the_weights_and_the_levels_of_the_network(tmp_path):
     """The noise levels of a DDPM, and another value range; both packages load the folder."""
     schedule = NoiseSchedule.from_betas(torch.linspace(1e-4, 0.02, 1000))

@@ -120,6 +120,7 @@ def test_no_float64_reaches_a_device():
         assert condition.device.type == mask.device.type == "meta" and condition.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_outputs_of_a_task_are_arguments_of_the_loss_and_the_sampler(rng):
     """As in the example of the module: a training loss, and a sample that keeps the values outside of the hole."""
     torch.manual_seed(0)
@@ -214,6 +215,7 @@ def test_strokes_cover_14_percent_at_every_image_size(monkeypatch):
         assert abs(float(shares.mean()) - 0.14) < 4 * float(shares.std()) / math.sqrt(len(shares)) + 0.005
 
 
+@pytest.mark.slow
 def test_strokes_have_no_preferred_direction(monkeypatch):
     """The strokes of Yu et al. run to the right; here they are flipped at random, so the masks have a centered mean."""
     from scorematch.restoration import operators
@@ -433,6 +435,7 @@ def test_the_loss_of_power_2_prefers_the_mean_and_of_power_1_the_median():
         assert float(difference.mean()) > 5 * float(difference.std()) / math.sqrt(n)
 
 
+@pytest.mark.slow
 def test_the_exact_conditional_score_minimizes_the_loss():
     """For jointly Gaussian (x0, c), where x0 given c is N(B c, S). The score is linear, and so the loss is quadratic.
 

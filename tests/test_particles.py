@@ -133,6 +133,7 @@ def test_samples_have_the_posterior_of_a_gaussian(world, restore):
     assert (along.T.cov() - torch.eye(3)).abs().max() < 5 * (2 / n) ** 0.5 + 0.04
 
 
+@pytest.mark.slow
 def test_a_nonlinear_operator_with_two_modes():
     """Y = x^2 + noise for a standard normal x; the truth by quadrature."""
     exact = Gaussian([0.0], 1.0, schedule=MANY)

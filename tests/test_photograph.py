@@ -350,6 +350,7 @@ def test_bad_options_of_sizes_write_nothing(folder, tmp_path, options, message, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_picture_in_tiles_agrees_with_the_score_of_tiles(folder, tmp_path):
     """The command restores the whole picture with ``Tiled``."""
     y = _picture(20, 30, 1)

@@ -225,6 +225,7 @@ def test_weights_of_any_precision_are_loaded_as_float32(dtype, tmp_path):
         assert torch.equal(tensor, stored.float())
 
 
+@pytest.mark.slow
 def test_weights_are_not_rounded_to_the_default_dtype(tmp_path):
     net, own = _net(), ScoreNet(_Own(), NoiseSchedule.geometric(1, 0.01, 5))
     net.save_pretrained(tmp_path / "net")
@@ -464,6 +465,7 @@ def here(folder, monkeypatch):
     return folder.parent
 
 
+@pytest.mark.slow
 def test_a_path_or_a_string_with_a_slash_is_a_folder(here):
     (here / "a").mkdir()
     shutil.copytree("network", "a/b")
@@ -476,6 +478,7 @@ def test_a_path_or_a_string_with_a_slash_is_a_folder(here):
         ScoreNet.from_pretrained("..")
 
 
+@pytest.mark.slow
 def test_a_short_name_is_preferred_to_a_folder_with_a_warning(here):
     shutil.copytree("network", "mnist")
     with pytest.warns(
@@ -622,6 +625,7 @@ def test_a_compiled_network_is_saved_and_a_wrapped_one_is_not(tmp_path):
     assert _files(tmp_path) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patch", [1, 2])  # the layout of diffusers, and the package's own
 def test_the_names_of_classes_are_saved(patch, tmp_path):
     net = ScoreNet.unet(1, 8, widths=(4, 8), classes=3, null_class=True, patch=patch)

@@ -73,6 +73,7 @@ def test_one_process_writes_no_token(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_processes_with_folders_of_their_own_do_not_wait_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "_FIND_SECONDS", 0.1)
     monkeypatch.setenv("RANK", "1")
@@ -81,6 +82,7 @@ def test_processes_with_folders_of_their_own_do_not_wait_for_ever(tmp_path, monk
         sample_to(ODESampler(image_net(), levels=2), tmp_path, 4, batch_size=2, progress=False)
 
 
+@pytest.mark.slow
 def test_the_first_process_says_for_which_it_waits(tmp_path, monkeypatch):
     sampler = ODESampler(image_net(), levels=2)
     monkeypatch.setattr(processes, "_SILENT_SECONDS", 0.3)

@@ -560,6 +560,7 @@ def test_the_sampler_settings_of_published_configurations_of_score_sde(name, set
     assert score_sde._settings(score_sde._options(name)) == settings
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_recommended_sampler_of_score_sde_takes_the_steps_of_its_authors():
     """The file, its noise and its states were made with the authors' program, with five noise levels."""
@@ -762,6 +763,7 @@ def test_options_of_score_sde_that_are_not_supported(section, changes, message, 
 # -- What a file does not contain, or what it is instead
 
 
+@pytest.mark.slow
 def test_what_a_file_does_not_contain_is_asked_for(tmp_path):
     _write_score_sde(SCORE_SDE["ddpmpp, VP"], tmp_path)
     theirs.save_improved(randomize(theirs.ImprovedUNet(_improved())), tmp_path / "model.pt")
@@ -805,6 +807,7 @@ def test_what_a_file_does_not_contain_is_asked_for(tmp_path):
         assert "\n" not in str(caught.value) and not out.exists()
 
 
+@pytest.mark.slow
 def test_weights_of_another_configuration_are_refused(tmp_path):
     _write_score_sde(SCORE_SDE["ddpmpp, VP"], tmp_path)
     for changes, message in [

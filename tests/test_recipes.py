@@ -110,6 +110,7 @@ def _grown(recipe, **options):
     return nets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("side", "shipped", "options"),
     [(32, "cifar10-small", {"classes": 10, "null_class": True}), (64, "celeba-small", {})],

@@ -68,6 +68,7 @@ def test_a_network_without_classes_has_the_output_of_no_class_and_back(builder, 
     assert difference(flat.config, back.config) == "2 classes are new" and difference(flat.config, flat.config) is None
 
 
+@pytest.mark.slow
 def test_an_image_or_a_vector_takes_the_place_of_classes(tmp_path):
     before = _net("unet", classes=3, null_class=True)
     before.save_pretrained(tmp_path / "classes")

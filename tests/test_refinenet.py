@@ -66,6 +66,7 @@ def test_weight_names_of_the_deepest_network():
     assert "refine1.msf.convs.0.weight" not in shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [None, 6])
 def test_gradient_reaches_every_parameter(levels, rng):
     net = RefineNet(2, 4, depth="deepest", levels=levels)
@@ -86,6 +87,7 @@ def test_images_of_any_size_that_can_be_halved(height, width, batch, channels):
     assert net(x, torch.tensor(1.5)).shape == x.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [None, 4])
 def test_images_of_a_batch_do_not_depend_on_each_other(levels, rng):
     net = RefineNet(1, 4, levels=levels).double()

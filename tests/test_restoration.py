@@ -573,6 +573,7 @@ def test_guidance_leaves_no_gradients_and_keeps_the_callers_grad_mode():
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler",
     [
@@ -618,6 +619,7 @@ def test_consistent_steps_that_add_little_noise_give_the_posterior_of_a_noisy_im
     torch.testing.assert_close(torch.cov(x.T), posterior.covariance, rtol=0.1, atol=0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True])
 def test_guidance_is_exact_for_data_with_the_standard_deviation_sigma_data(guided):
     """A backbone that returns zero is the score of N(0, sigma_data^2)."""
@@ -677,6 +679,7 @@ def test_an_operator_that_is_only_a_function_measures_samples_of_the_shape_of_th
         observation.of_shape((1, 2, 2))
 
 
+@pytest.mark.slow
 def test_clamping_y_to_the_value_range_gives_a_warning(recwarn):
     net = ScoreNet.ncsnv2(channels=1, image_size=8, width=8)
     schedule = net.schedule.respaced(3)

@@ -117,6 +117,7 @@ def test_a_known_restoration_of_a_missing_half():
     assert set(result.figures["original"]) == {"images", "pixels"} and found(result, "original", "pixels") == {}
 
 
+@pytest.mark.slow
 def test_metrics_of_sets_are_those_of_the_restored_images():
     half = torch.arange(SIZE) < SIZE // 2
     restored = torch.where(half, X, 0.5)
@@ -171,6 +172,7 @@ def test_several_restorations_of_each_image():
     assert spread == pytest.approx(found(result)["diversity"] * (3 * SIZE**2) ** 0.5, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "operator"),
     [("pool:4", AveragePool(4)), ("jpeg:20", JPEG(20)), ("gray", Grayscale()), (Uncrop(top=2), Uncrop(top=2))],
@@ -185,6 +187,7 @@ def test_the_degraded_images_and_the_consistency(task, operator):
     assert found_noisy == pytest.approx(rms(noisy - X), rel=0.05)
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy():
     numbers = {"n": 4, "draws": 2, "seed": 1, "batch_size": 3, "sigma": 0.5}
     result = run(Level(), "gray", **{name: np.array(value)[()] for name, value in numbers.items()})
@@ -224,6 +227,7 @@ def test_restorations_agree_with_the_measurement_also_if_the_network_contradicts
     assert found(run(Dark(), task))["consistency"] < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["hole", "half"])
 def test_a_network_fills_the_hole_with_its_condition(task):
     """The condition has noise of mean 1/2 and deviation 1/2 in the hole, clamped to [0, 1]."""
@@ -256,6 +260,7 @@ def test_figures_depend_neither_on_the_order_nor_on_the_batches():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_a_random_subset_of_images():
     few, same, other = (run(Level(), "pool:4", n=5, seed=number) for number in (0, 0, 1))
     assert few.sizes["restored"] == 5 and few == same and found(few) != found(other)
@@ -283,6 +288,7 @@ def test_the_files_of_an_evaluation(tmp_path):
         assert picture.size == (4 * 10 + 2, 4 * 10 + 2)  # of the first batch: degraded, two restorations, original
 
 
+@pytest.mark.slow
 def test_the_identity_of_a_mask_is_part_of_the_settings():
     hashes = {run(Level(), Mask(torch.arange(SIZE) < k)).hash for k in (2, 3, 3)}
     assert len(hashes) == 2

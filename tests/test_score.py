@@ -162,6 +162,7 @@ def test_every_form_of_sigma_gives_the_same_score(family, rng):
         assert (mixed[i] - alone).abs().max() <= 2e-5 * alone.abs().max()
 
 
+@pytest.mark.slow
 def test_ncsn_gives_the_published_outputs_and_interpolates_between_levels(published):
     fixture = published("ncsn_mnist")
     net = ScoreNet.ncsn(1, 28, width=8, schedule=NoiseSchedule.geometric(1, 0.01, 10))
@@ -310,6 +311,7 @@ def test_invalid_arguments_of_a_network_raise(kind, call, error, message, rng):
         call(_of_levels()[kind], torch.rand(2, 1, 8, 8, generator=rng))
 
 
+@pytest.mark.slow
 def test_values_that_cannot_be_read_are_not_checked(rng):
     """Values inside torch.func.vmap, and values on another device than the CPU."""
     net, x = ScoreNet.ncsnv2(1, 8, width=2), torch.rand(3, 1, 8, 8, generator=rng)

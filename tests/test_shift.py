@@ -173,6 +173,7 @@ def test_the_draws_are_those_of_the_posterior_of_gaussian_data(operator, kind):
     assert abs(along.var(0).mean() - 1) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS[2:4] + OPERATORS[7:9], ids=repr)
 def test_a_matrix_restores_like_the_operator_whose_matrix_it_is(operator, monkeypatch):
     monkeypatch.setattr(moments, "_INNER", 48)  # the linear systems are solved completely
@@ -211,6 +212,7 @@ def test_an_observation_with_much_noise_changes_nothing():
     torch.testing.assert_close(x, free, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_network_in_bfloat16_gives_nearly_the_same():
     world = gaussian_images(SHAPE)
     observation = Observation(OPERATORS[0], torch.rand(1, *SHAPE, generator=seed()), 0.1)

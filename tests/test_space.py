@@ -138,6 +138,7 @@ def test_only_images_have_a_value_range_by_default():
     assert [ScoreNet.unet(1, size, widths=(4,)).value_range for size in SIZES.values()] == [None, (0, 1), None]
 
 
+@pytest.mark.slow
 @each_dimension
 def test_samplers_likelihood_and_restoration(size):
     net = network(size)

@@ -106,6 +106,7 @@ def test_conditions_go_to_the_tiles(kind):
     assert Tiled(net).conditioning == net.conditioning != Condition()
 
 
+@pytest.mark.slow
 def test_batches_of_tiles_have_the_gradient_of_all_at_once_with_less_memory(monkeypatch):
     calls, net, x = [], _net(), torch.rand(1, 1, 16, 16, generator=seed())
 

@@ -104,6 +104,7 @@ def test_files_of_other_programs_are_kept(tmp_path, name):
         quick(points_net(), points(), tmp_path / name)
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))  # on Windows
@@ -119,6 +120,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["cache", "faces", "run"]
 
 
+@pytest.mark.slow
 def test_the_report_names_classes_of_folders_whose_names_are_not_utf_8(tmp_path):
     labels = ["caf\udce9", "宿"] * 20  # Python's name of the folder b"caf\xe9"
     quick(image_net(classes=2), open_images((torch.rand(40, 1, 8, 8), labels), labels=True), tmp_path, images=16)
@@ -158,6 +160,7 @@ def test_a_missing_login_is_reported_before_the_training(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_results_of_evaluate_are_numbers_in_the_log(tmp_path):
     given = {"tensor": torch.tensor(0.5), "array": np.float32(2), "number": 3, "nan": math.nan, "infinity": -math.inf}
     quick(points_net(), points(), tmp_path / "run", images=16, sample_every=16, evaluate=lambda net, images: given)
@@ -247,6 +250,7 @@ def test_other_settings_raise_an_error_that_names_them(run):
         quick(image_net(dropout=0.2), images(), run[0], images=160, condition=Inpainting())
 
 
+@pytest.mark.slow
 def test_options_of_other_objects_are_settings(tmp_path):
     class Loss:
         def __init__(self, factor):
@@ -264,6 +268,7 @@ def test_options_of_other_objects_are_settings(tmp_path):
         start(2.0)
 
 
+@pytest.mark.slow
 def test_schedules_in_a_mixture_are_settings(tmp_path):
     def start(*sigmas):
         levels = LevelMixture((LogNormal(0.0, 1.0), NoiseSchedule([2.0, *sigmas, 0.1])))
@@ -343,6 +348,7 @@ def test_an_interrupted_run_in_float16_ends_with_the_same_bits_and_counts_the_sk
     assert list((tmp_path / "cut" / "checkpoints").rglob("scaler.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_process_says_once_what_it_waits_for(monkeypatch):
     monkeypatch.setattr(accelerators, "_SILENT_SECONDS", 0.02)
     slow = SimpleNamespace(process_index=1, num_processes=2, wait_for_everyone=lambda: time.sleep(0.3))
@@ -393,6 +399,7 @@ def test_a_run_that_fails_at_once_has_saved_its_initial_weights(tmp_path):
     assert torch.equal(vector(ScoreNet.from_pretrained(tmp_path / "network", backbone=MLP())), vector(points_net()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0, 600])
 def test_checkpoints_by_time_do_not_change_the_result(tmp_path, monkeypatch, seconds):
     """By default checkpoints are saved after a time: here after each step, or at the end only."""
@@ -449,6 +456,7 @@ def test_start_is_one_of_the_settings_of_a_run(fine_tuned, run, tmp_path):
     assert torch.equal(vector(again), vector(net))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_with_start_continues_without_the_start_network(tmp_path):
     """The run continues from its checkpoint."""
     trained = steps(points_net(), points(), images=16, batch_size=8).state.average()
@@ -462,6 +470,7 @@ def test_an_interrupted_run_with_start_continues_without_the_start_network(tmp_p
     assert same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_a_user_defined_network_can_start_with_trained_weights(tmp_path):
     quick(points_net(), points(), tmp_path / "first", images=8)
     trained = ScoreNet.from_pretrained(tmp_path / "first" / "network", backbone=MLP())
@@ -487,6 +496,7 @@ def test_start_with_another_network_raises_before_anything_is_written(run, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_start_with_a_network_of_another_image_size(run, tmp_path):
     net = image_net(dropout=0.2)
     net.sample_shape = (1, 16, 16)
@@ -542,14 +552,18 @@ GROWTH = {
     ),
 }
 SLOW_GROWTH = {
+    "layers",
     "layers, from two",
     "layers, from three",
     "layers, from one to each",
     "layers of one scale",
     "layers, attention",
+    "attention",
+    "pixels",
     "pixel layers",
     "pixel layers, from two",
     "more conditions",
+    "classes, everything",
 }
 
 
@@ -588,6 +602,7 @@ def test_a_larger_network_starts_as_the_smaller_one(tmp_path, options, more):
     assert not [name for name in same if not name.endswith("to_k.bias")]  # attention does not depend on it
 
 
+@pytest.mark.slow
 def test_a_network_does_not_start_with_a_larger_one(tmp_path):
     """Neither with one of other widths, nor with more channels at full resolution than keep the groups of the norms."""
     large = {"condition_channels": 2, "layers_per_block": 2, "patch": 2, "pixel_channels": 8, "attention": [True]}
@@ -653,6 +668,7 @@ def test_an_interrupted_compiled_run_ends_with_the_same_bits(compiled, tmp_path)
     assert same_runs(tmp_path / "whole", tmp_path / "cut") and len(compiled) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_steps_are_close_to_steps_without_compilation(compiled):
     settings = {"images": 48, "batch_size": 8, "precision": "float32", "lr": 1e-2}
@@ -702,6 +718,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_within_48_steps(tmp_path):
     assert loss.images <= 8 * 48
 
 
+@pytest.mark.slow
 def test_slow_steps_are_checked_one_by_one(tmp_path, monkeypatch):
     """So that several processes agree on a signal before a launcher kills them; NaN is found as early."""
     settings = {"images": 8 * 200, "log_every": 10**6, "checkpoint_every": 10**6}
@@ -749,6 +766,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert same_runs(out, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_temporary_files_of_an_interruption_are_removed(tmp_path):
     quick(points_net(), points(), tmp_path)
     before = content(tmp_path)
@@ -884,6 +902,7 @@ def test_a_run_outside_of_the_main_thread(tmp_path):
     assert checkpoints.latest(tmp_path / "checkpoints").images == 80
 
 
+@pytest.mark.slow
 def test_an_error_while_sampling_pictures_does_not_stop_the_run(tmp_path, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("the state has NaN")
@@ -953,6 +972,7 @@ def test_the_report_shows_the_last_samples_of_more_than_a_billion_images(tmp_pat
     assert "\n![samples](samples/1010000000.png)\n" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_network_of_one_noise_level_saves_samples_and_a_report(tmp_path):
     net = image_net(schedule=NoiseSchedule([0.5]))
     net.sampler_settings = None

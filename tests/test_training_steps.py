@@ -289,6 +289,7 @@ def test_volumes_train_a_network_of_3d_convolutions():
     assert not torch.equal(vector(net), before)
 
 
+@pytest.mark.slow
 def test_8_bit_images_are_scaled_to_0_1():
     loss = Recorder()
     pixels = (255 * images()).to(torch.uint8)
@@ -313,6 +314,7 @@ def test_dropout_differs_between_microbatches_and_is_equal_in_each_run():
     assert len(one) == 4 and not any(torch.equal(one[0], other) for other in one[1:])
 
 
+@pytest.mark.slow
 def test_global_generators_are_left_alone():
     torch.manual_seed(3), random.seed(3), np.random.seed(3)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
@@ -323,6 +325,7 @@ def test_global_generators_are_left_alone():
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_global_generators(tmp_path):
     def run(start):
         torch.manual_seed(start)
@@ -437,6 +440,7 @@ def test_a_network_without_weights_to_train_gives_an_error_and_writes_nothing(tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_result_of_a_run_can_be_trained_further(tmp_path):
     net = points_net()
     net.backbone.layers.requires_grad_(False)
@@ -447,6 +451,7 @@ def test_the_result_of_a_run_can_be_trained_further(tmp_path):
     assert not torch.equal(vector(first.backbone.last), before[1])
 
 
+@pytest.mark.slow
 def test_steps_continue_from_a_state():
     def run(stops):
         net, state = image_net(dropout=0.2), None
@@ -482,6 +487,7 @@ def test_steps_in_float16_are_close_to_those_in_float32():
     assert skipped == [0, 0] and 0 < difference.norm() < 0.2 * change.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("clip", "optimizer"), [(1.0, "adamw"), (None, "adamw"), (1.0, "muon")])
 def test_a_step_in_float16_with_an_infinite_gradient_is_skipped_and_halves_the_scale(clip, optimizer):
     calls = []

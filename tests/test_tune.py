@@ -65,6 +65,7 @@ def run(net, reference=REAL, **options):
     return tune(net, reference, progress=False, **options)
 
 
+@pytest.mark.slow
 def test_the_best_settings_have_the_smallest_distance(net):
     result = run(net)
     assert [row.settings for row in result.rows] == SETTINGS[:3]  # the last takes 40 calls
@@ -171,6 +172,7 @@ def test_a_folder_with_the_network_and_its_card(net, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_settings_are_measured_with_guidance_and_the_network_is_stored(tmp_path):
     net = ScoreNet.unet(
         1, 8, widths=(4,), layers_per_block=1, classes=2, null_class=True, schedule=NoiseSchedule.geometric(1, 0.01, 9)
@@ -224,12 +226,14 @@ def test_data_that_are_not_pictures(tmp_path):
         run(net, torch.randn(9, 4), features="inception")
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy(net, tmp_path):
     numbers = {"n": np.int64(6), "seed": np.int64(1), "batch_size": np.int64(4)}
     result = run(net, out=tmp_path, settings=SETTINGS[:1], **numbers)
     assert result.rows == run(net, out=tmp_path, settings=SETTINGS[:1], n=6, seed=1, batch_size=4).rows
 
 
+@pytest.mark.slow
 def test_rows_are_measured_once(net, tmp_path, monkeypatch):
     first = run(net, out=tmp_path, settings=SETTINGS[:2])
     drawn = []
@@ -289,6 +293,7 @@ def test_the_best_settings_of_restorations(restorer, tmp_path, by):
         run(restorer, COLORED, operators="gray", restore="guide", by=by, out=tmp_path)
 
 
+@pytest.mark.slow
 def test_rows_of_another_mask_of_the_same_name_are_not_used(restorer, tmp_path):
     left, right = Mask(torch.arange(8) < 4), Mask(torch.arange(8) >= 4)
     assert str(left) == str(right)
@@ -349,6 +354,7 @@ def test_a_card_in_another_encoding_is_kept(net, tmp_path):
     assert (tmp_path / "README.md").read_bytes().startswith(b"# caf\xe9\n") and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_network_in_its_own_folder(net, tmp_path):
     net.save_pretrained(tmp_path)
     result = run(net, out=tmp_path, settings=SETTINGS[:1])
@@ -369,6 +375,7 @@ def test_rows_of_another_data_set_of_equal_length_are_not_used(net, tmp_path):
         run(net, other, out=tmp_path, settings=SETTINGS[:1])
 
 
+@pytest.mark.slow
 def test_rows_of_another_function_of_the_same_name_are_not_used(net, tmp_path):
     def scaled(factor):
         return lambda images: factor * mean_color(images)

@@ -259,6 +259,7 @@ def _ncsnpp(channels=3, **options):
     return UNet(channels, channels, **{**config, **options}).eval()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_filter_is_not_stored_and_follows_device_and_dtype(rng):
     net, x, c_noise = _ncsnpp(), torch.rand(2, 3, 8, 8, generator=rng), torch.tensor([0.3, 1.0])

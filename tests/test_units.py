@@ -223,6 +223,7 @@ def test_posteriors_of_channels_with_very_different_deviations_agree_with_the_cl
         assert z.std(0).min() > 0.8 and z.std(0).max() < 1.2
 
 
+@pytest.mark.slow
 def test_an_observation_is_in_the_units_of_the_data():
     net = network()
     net.fit_units(fields())

@@ -29,6 +29,7 @@ def test_damaged_files_are_read_or_refused(kind, cases, tmp_path):
     assert {case: faults for case, faults in faulty.items() if faults} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_undamaged_files_are_read(kind, tmp_path):
     for i, files in enumerate(KINDS[kind].files()):
@@ -65,6 +66,7 @@ def _take_memory(folder):
     memory[::4096] = b"x" * len(memory[::4096])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("read", "fault"),
     [
