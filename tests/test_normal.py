@@ -109,6 +109,36 @@ def test_a_smooth_mean_is_found_and_used_at_a_low_resolution():
         wrong.sample(1, shape=SHAPE, progress=False)
 
 
+class Measured:
+    """The score of normal data of any sides, for which the spectrum of samples of one shape is known."""
+
+    sample_shape = SHAPE
+
+    def __call__(self, x, sigma):
+        return -x
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 8), (3, 5, 9), (3, 3, 2), (3, 24, 4)])
+def test_samples_of_other_sides_have_the_spectrum_at_the_same_frequencies(shape):
+    """The standard deviation is linear in the frequency, so that the interpolation between the bands is exact."""
+
+    def of(shape):
+        cosines = Cosines(torch.zeros(1, *shape, dtype=torch.float64))
+        return cosines, cosines.means(cosines.frequency[None])[0] / max(shape[1:])
+
+    (_, known), (cosines, frequencies) = of(SHAPE), of(shape)
+    moments = {"data_mean": MEAN, "data_spectrum": (3 - known).square().tolist()}
+    sampler = ODESampler(Measured(), sigmas=[1e-4, 1e-5], method="unipc", **moments)
+    ones = cosines.inverse(torch.ones(1, *shape, dtype=torch.float64))
+    found = cosines.means(cosines.transform(sampler.start(ones) - sampler.start(0 * ones)))[0]
+    inside = (frequencies >= known.unique()[1]) & (frequencies <= known.max())
+    torch.testing.assert_close(found[inside], (3 - frequencies)[inside], rtol=1e-5, atol=0)
+    brightness = 3 * math.sqrt(math.prod(shape) / math.prod(SHAPE))  # the mean value has the same deviation
+    assert found[frequencies == 0].tolist() == pytest.approx([brightness] * 3, rel=1e-5)
+    with pytest.raises(ValueError, match=r"data_mean must have 2 numbers"):
+        sampler.sample(1, shape=(2, 6, 4), progress=False)
+
+
 def test_the_moments_are_stored_and_checked():
     images = torch.randn(50, *SHAPE, generator=seed(0))
     settings = SamplerSettings("ode", method="unipc", sigmas=[0.7, 0.1], **data_moments(images))
@@ -124,7 +154,7 @@ def test_the_moments_are_stored_and_checked():
     x = one.start(images)
     torch.testing.assert_close(run(one, init=x), x + 0.7**2 * normal_score(x, 0.7))
     short = ODESampler(normal_score, sigmas=[0.7, 0.1], data_mean=MEAN, data_spectrum=SPECTRUM[:-1])
-    wanted = rf"data_spectrum must have {len(SPECTRUM)} numbers .* got {len(SPECTRUM) - 1}, which are for another shape"
+    wanted = rf"data_spectrum must have {len(SPECTRUM)} numbers .* got {len(SPECTRUM) - 1}\."
     with pytest.raises(ValueError, match=wanted):
         short.sample(1, shape=SHAPE, progress=False)
     with pytest.warns(UserWarning, match="the highest level of this sampler, 0.7, is for a start from the normal"):

@@ -24,6 +24,9 @@ four calls the difference from the exact path is half as large.
 the solution for normal data from noise z of the highest level. Noise alone, :math:`\mu + \sigma z`, would lack the
 variance of the coarse structure: the brightness of a CIFAR-10 image has a standard deviation of 6.9 along its cosine.
 
+The numbers are those of samples of one shape, ``net.sample_shape``. For samples of other sides the standard deviations
+are interpolated along the frequency per value, and the mean value of a channel keeps its own.
+
 References:
     Wang & Vastola, 2024, The Unreasonable Effectiveness of Gaussian Score Approximation, arXiv:2412.09726, for the
     start.
@@ -101,20 +104,25 @@ class Normal:
         x: states.
         mean: the mean of each channel, or of a low resolution, as ``data_moments`` returns it.
         spectrum: the variances of the bands of ``Cosines``.
+        measured: the shape (C, ...) of the samples with this spectrum; None: that of x.
     """
 
-    def __init__(self, x: Tensor, mean: Sequence[float], spectrum: Sequence[float]) -> None:
+    def __init__(
+        self, x: Tensor, mean: Sequence[float], spectrum: Sequence[float], measured: Sequence[int] | None = None
+    ) -> None:
         check_data(x)
         self._cosines = Cosines(x)
         channels, *sides = x.shape[1:]
+        if measured is not None and tuple(measured) != (shape := tuple(x.shape[1:])):
+            spectrum = _of_other_sides(spectrum, measured, shape)
         side = round((len(mean) / channels) ** (1 / max(1, len(sides))))
         counts = channels * min(side, *sides, len(mean)) ** len(sides), self._cosines.bands
         for name, values, count in zip(("data_mean", "data_spectrum"), (mean, spectrum), counts, strict=True):
             if len(values) != count:
                 raise ValueError(
                     f"{argument(name)} must have {count} numbers for samples of the shape {tuple(x.shape[1:])}, got "
-                    f"{len(values)}, which are for another shape. Write **data_moments(data), or leave out the moments "
-                    "that are stored with a network by choosing the levels, such as ODESampler(net, levels=18)."
+                    f"{len(values)}. Write **data_moments(data), or leave out the moments that are stored with a "
+                    "network by choosing the levels, such as ODESampler(net, levels=18)."
                 )
         low = torch.tensor(mean, dtype=torch.float32, device="cpu").view(1, channels, *[side] * len(sides))
         self._mean = _resized(low, sides).to(x)
@@ -208,6 +216,26 @@ def _resized(x: Tensor, sides: Sequence[int]) -> Tensor:
     common: Any = (..., *(slice(min(a, b)) for a, b in zip(x.shape[2:], sides, strict=True)))
     result[common] = Cosines(x).transform(x)[common]
     return Cosines(result).inverse(result) * math.sqrt(result[0].numel() / x[0].numel())
+
+
+def _of_other_sides(spectrum: Sequence[float], measured: Sequence[int], shape: Sequence[int]) -> Sequence[float]:
+    """The spectrum for other sides: equal at equal frequencies per value, with the same deviation of the mean value."""
+    if len(measured) != len(shape) or measured[0] != shape[0] or len(spectrum) != _cosines(measured).bands:
+        return spectrum
+    deviations = np.sqrt(spectrum).reshape(shape[0], -1)
+    deviations[:, 0] *= math.sqrt(math.prod(shape) / math.prod(measured))
+    known, wanted = _frequencies(measured), _frequencies(shape)
+    return np.concatenate([np.interp(wanted, known, row) ** 2 for row in deviations]).tolist()
+
+
+def _frequencies(shape: Sequence[int]) -> np.ndarray:
+    """The frequencies of the bands of a channel, in half periods per value."""
+    cosines = _cosines((1, *shape[1:]))
+    return cosines.means(cosines.frequency[None])[0].numpy() / max(shape[1:])
+
+
+def _cosines(shape: Sequence[int]) -> Cosines:
+    return Cosines(torch.empty(0, *shape, dtype=torch.float64, device="cpu"))
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -61,7 +61,7 @@ from scorematch.core.conditions import takes_image
 from scorematch.core.derived import Isotropic
 from scorematch.core.json_files import native
 from scorematch.core.schema import Field
-from scorematch.core.scores import Score, middle_of
+from scorematch.core.scores import Score, attribute, middle_of
 from scorematch.noise import NoiseSchedule
 from scorematch.restoration.method import Restoration
 from scorematch.restoration.observation import Observation
@@ -331,7 +331,7 @@ class ODESampler(Sampler):
     def _normal(self, x: Tensor) -> Normal | None:
         if self.data_mean is None or self.data_spectrum is None:
             return None
-        return Normal(x, self.data_mean, self.data_spectrum)
+        return Normal(x, self.data_mean, self.data_spectrum, attribute(self.net, "sample_shape"))
 
     def _churned(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
         z = (x - middle_of(self.net, x)) / self.schedule.sigma_max  # the noise of the state
