@@ -33,8 +33,9 @@ from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_count
 from scorematch.core.randomness import seed_of, single_generator
+from scorematch.evaluation.distribution import Distribution
 from scorematch.evaluation.estimate import Estimate, Report, mean_of, root_of
-from scorematch.evaluation.exact import Distribution, GaussianMixture
+from scorematch.evaluation.exact import GaussianMixture
 from scorematch.evaluation.levy import LevyProcess
 from scorematch.evaluation.measurement import noise_of
 from scorematch.evaluation.ranks import FEWEST_PER_RANK, inside, nearest, nominal, p_value, ranks_among

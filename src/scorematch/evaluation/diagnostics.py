@@ -45,8 +45,8 @@ from scorematch.core.processes import process_group
 from scorematch.core.randomness import as_generator, seed_of, standard_normal
 from scorematch.core.scores import Score, device_of, evaluating, noise_ratios, score_at
 from scorematch.data.images import open_images
+from scorematch.evaluation.distribution import Distribution
 from scorematch.evaluation.estimate import Estimate, Report, mean_of, ratio_of
-from scorematch.evaluation.exact import Distribution
 from scorematch.evaluation.per_image import ConditionChoice, ImageBatch, choose, values_per_image
 from scorematch.evaluation.rows import double
 from scorematch.loss import scaled_score

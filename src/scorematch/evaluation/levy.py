@@ -44,7 +44,8 @@ from torch import Tensor
 
 from scorematch.core.arguments import check_count
 from scorematch.core.randomness import seed_of, single_generator, standard_normal, uniform
-from scorematch.evaluation.exact import Distribution, Empirical
+from scorematch.evaluation.distribution import Distribution
+from scorematch.evaluation.exact import Empirical
 from scorematch.evaluation.measurement import linear_gaussian
 from scorematch.noise import NoiseSchedule
 from scorematch.restoration.observation import Observation

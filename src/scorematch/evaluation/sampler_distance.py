@@ -35,8 +35,8 @@ from scorematch.core.arguments import check_count
 from scorematch.core.randomness import seed_of
 from scorematch.core.scores import Score
 from scorematch.evaluation.accumulate import Moments
+from scorematch.evaluation.distribution import Distribution
 from scorematch.evaluation.estimate import Estimate, Report
-from scorematch.evaluation.exact import Distribution
 from scorematch.evaluation.rows import BLOCK, double, squared_distances
 from scorematch.sampling import SAMPLERS, Sampler
 from scorematch.sampling.sampler import options_of
