@@ -277,6 +277,11 @@ def test_the_error_of_the_prediction_is_that_of_the_exact_posterior_mean(tmp_pat
         (lambda: Observation(Matrix(torch.eye(3)), torch.rand(8, 3), 0.1), _net, "needs samples of 3 values"),
         (_holes, lambda: _net(classes=3), "must take no condition"),
         (
+            lambda: Observation.with_gaps(torch.tensor([3.0, 0.0]) + torch.rand(40, 2) * torch.tensor([0.0, 1.0]), 0.1),
+            _net,
+            "channel 0 of the measurements is constant. Leave it out",
+        ),
+        (
             lambda: Observation(JPEG(5), torch.rand(8, 1, 16, 16), 0.1),
             lambda: ScoreNet.unet(1, 16, widths=(8,)),
             "operator must be linear",

@@ -112,7 +112,7 @@ def fit_gaussian(observation: Observation, generator: torch.Generator) -> Gaussi
         observation: the measurements; each item is of another sample.
         generator: the source of the draws for samples of more than 64 values.
     """
-    start = _start(observation, generator)
+    start = start_for(observation, generator)
     return _exact(observation, start) if len(start.mean) <= _LARGEST else _low_rank(observation, start, generator)
 
 
@@ -121,7 +121,7 @@ def _blocks(observation: Observation) -> Iterator[Observation]:
     return (observation.rows(slice(i, min(i + _BLOCK, n))) for i in range(0, n, _BLOCK))
 
 
-def _start(observation: Observation, generator: torch.Generator) -> Gaussian:
+def start_for(observation: Observation, generator: torch.Generator) -> Gaussian:
     """White noise around samples that are constant in each channel, with the mean and the variance that fit best.
 
     Those of a channel are computed from the values of y that depend on it; from all values if there is none.

@@ -71,7 +71,7 @@ from scorematch.sampling import ODESampler
 from scorematch.sampling.bulk import prepared
 from scorematch.score import ScoreNet
 from scorematch.training.checks import check_network
-from scorematch.training.gaussian import Gaussian, fit_gaussian
+from scorematch.training.gaussian import Gaussian, fit_gaussian, start_for
 from scorematch.training.log import Log
 from scorematch.training.record import described
 from scorematch.training.run import check_possible, train
@@ -227,6 +227,7 @@ class _Stages:
                 "observations": {"number": n, "operator": repr(observation.operator), "hash": identity(observation)},
             }
         )
+        self._check_channels()
         unseen = int((~self._seen(observation).any(0)).sum())
         if unseen:
             warnings.warn(
@@ -301,19 +302,35 @@ class _Stages:
         scale = stored["scale"] if "scale" in stored and stored["scale"].ndim else 1.0
         return Gaussian(self.shape, stored["mean"], stored["factor"], float(stored["variance"]), scale)
 
-    def _take_units(self) -> None:
-        """Gives a new network the units of the Gaussian, unless the channels of the data fit its range."""
-        net, channels = self.net, self.shape[0]
-        mean = self.gaussian.mean.view(channels, -1).mean(1)
-        deviation = self.gaussian.variances.view(channels, -1).mean(1).sqrt()
+    def _of_channels(self, gaussian: Gaussian) -> tuple[Tensor, Tensor]:
+        """The mean and the standard deviation of each channel."""
+        mean, variance = (each.view(self.shape[0], -1).mean(1) for each in (gaussian.mean, gaussian.variances))
+        return mean, variance.sqrt()
+
+    def _needs_units(self, gaussian: Gaussian) -> bool:
+        """Whether the network is new and the channels of the data do not fit its range."""
+        net, (mean, deviation) = self.net, self._of_channels(gaussian)
         if not net.is_new or net.units is not None or not ROWS[net.precondition].centered:
-            return
+            return False
         low, high = net.value_range or (math.inf, -math.inf)
         near = _NEAR * (high - low)
         # Data within a range have at most the deviation of its two ends, half of its width.
         fits = low - near <= float(mean.min()) and float(mean.max()) <= high + near
-        if not (fits and float(deviation.max()) <= (high - low) / 2 + near):
-            net.fit_units(self.gaussian.sample(_FITTED, self._generator("units")).float())
+        return not (fits and float(deviation.max()) <= (high - low) / 2 + near)
+
+    def _check_channels(self) -> None:
+        """Raises ValueError for a channel that would have no unit."""
+        gaussian = start_for(self.observation, self._generator("gaussian"))
+        mean, deviation = self._of_channels(gaussian)
+        limits = torch.finfo(torch.float32)
+        constant = deviation <= limits.eps * mean.abs() + limits.tiny
+        if bool(constant.any()) and self._needs_units(gaussian):
+            raise ValueError(f"channel {int(constant.nonzero()[0])} of the measurements is constant. Leave it out.")
+
+    def _take_units(self) -> None:
+        """Gives a new network the units of the Gaussian, if it needs them."""
+        if self._needs_units(self.gaussian):
+            self.net.fit_units(self.gaussian.sample(_FITTED, self._generator("units")).float())
 
     def _train(self, stage: int) -> None:
         """Trains on draws under the prior of the stage before."""
