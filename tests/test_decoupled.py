@@ -160,6 +160,6 @@ def test_the_calls_are_counted_and_a_draw_does_not_depend_on_the_others():
 
 def test_what_it_cannot_use_is_refused():
     with pytest.raises(ValueError, match=r"^DecoupledSampler draws from the likelihood itself: leave out the method"):
-        run(DecoupledSampler(TWO, restore="guide"), observation=Observation(Clip(0, 1), torch.zeros(1, 2)))
+        DecoupledSampler(TWO, restore="guide")
     with pytest.raises(ValueError, match=r"^proposals must be an integer of at least 1"):
         DecoupledSampler(TWO, proposals=0)

@@ -91,6 +91,11 @@ class DecoupledSampler(Sampler):
         **options: Unpack[SamplerOptions],
     ) -> None:
         super().__init__(net, schedule, **options)
+        if self.restore != "auto":
+            raise ValueError(
+                "DecoupledSampler draws from the likelihood itself: leave out the method of restoration, got "
+                f"{self.restore!r}."
+            )
         self.check_options({"proposals": proposals})
         self.proposals = proposals
 
@@ -107,11 +112,6 @@ class DecoupledSampler(Sampler):
 
     def restoration(self, observation: Observation) -> Likelihood:
         """The likelihood, from which the data are drawn."""
-        if self.restore != "auto":
-            raise ValueError(
-                "DecoupledSampler draws from the likelihood itself: leave out the method of restoration, got "
-                f"{self.restore!r}."
-            )
         if takes_image(self.net):
             raise ValueError(
                 "DecoupledSampler is for networks of undamaged data, got one that was trained to restore. Use another "
