@@ -112,3 +112,17 @@ def test_the_units_of_samples_and_measurements_do_not_matter(name, curved):
         results.append(sampler.sample(2, observation=observation, generator=0, progress=False) / unit_x)
     for other in results[1:]:
         assert torch.allclose(other, results[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["shift", pytest.param("moment-matching", marks=pytest.mark.slow)])
+def test_saturated_values_without_noise(method):
+    """The limit of little noise: what no change of the sample explains does not count."""
+    i = torch.arange(16)
+    covariance = torch.exp(-(((i[:, None] - i) / 3.0) ** 2)).double() + 0.01 * torch.eye(16)
+    exact = Gaussian(torch.zeros(16), covariance, schedule=NoiseSchedule.karras(20, 0.02, 20))
+    y, draws = Clip(-1, 1).measure(exact.sample(3, 0)), []
+    for sigma in (0.0, 1e-3):
+        sampler = ODESampler(exact, levels=20, restore=method)
+        draws.append(sampler.sample(3, observation=Observation(Clip(-1, 1), y, sigma), generator=1, progress=False))
+    assert torch.allclose(*draws, atol=0.02)
+    assert float((Clip(-1, 1).measure(draws[0]) - y).square().mean().sqrt()) < 0.1

@@ -13,7 +13,8 @@ in GMRES, each iteration reduces the norm of the residual as far as the directio
 the solution at the previous level. The following ones solve the equation with the covariance of
 ``scorematch.restoration.cosine`` in place of :math:`\sigma^2 J`, approximately and without calls of the network. That
 covariance is learned from the products with :math:`J^\top` on the way. If only the product with the inverse P of
-:math:`\Sigma_y` is known, the unknown is w with v = P w.
+:math:`\Sigma_y` is known, the unknown is w with v = P w. If the operator is not linear, the part of :math:`y - A(D)`
+outside the range of A is left out, since no small change of D explains it.
 
 References:
     Rozet et al., 2024, Learning Diffusion Priors from Observations by Expectation Maximization, arXiv:2405.13712,
@@ -41,6 +42,7 @@ from scorematch.restoration.replacement import replacement
 Product = Callable[[Tensor], Tensor]
 
 _CONTRADICTION = 1e-3  # the part of y without noise that no sample measures, relative
+_LEAST_SQUARES = 100  # the largest number of iterations for the least squares of values without noise
 _INNER, _INNER_TOLERANCE = 20, 1e-2  # iterations without calls of the network, and their relative residual
 
 
@@ -82,7 +84,7 @@ class MomentMatching(Restoration):
         covariance.at(level)
         near = observation.operator.linearized(denoised.detach())
         system = System(observation, near)
-        r = observation.residual(near.value)
+        r = explained(observation, near, observation.residual(near.value))
         enough = self._tolerance**2 * _dot(r, r)
         solution, change = torch.zeros_like(r), torch.zeros_like(x)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -133,7 +135,7 @@ def exactly(observation: Observation, x: Tensor) -> Tensor:
     near = operator.linearized(x)
     # The normal equations have a solution also if the values of y contradict each other.
     missing = near.adjoint(exact(observation.y - near.value))
-    return x + conjugate_gradients(lambda u: near.adjoint(exact(near.forward(u))), missing, 100)
+    return x + conjugate_gradients(lambda u: near.adjoint(exact(near.forward(u))), missing, _LEAST_SQUARES)
 
 
 def consistent(observation: Observation) -> Observation:
@@ -150,6 +152,15 @@ def consistent(observation: Observation) -> Observation:
     if not bool(contradict.any()):
         return observation
     return replace(observation, y=observation.y - per_image(contradict, rest) * rest).of_shape(shape)
+
+
+def explained(observation: Observation, near: Linearization, r: Tensor) -> Tensor:
+    """The part of r in the range of A, if the operator is not linear; without noise the rest has no solution."""
+    if observation.operator.is_linear:
+        return r
+    observed, back = observation.observed, near.adjoint(observation.observed(r))
+    x = conjugate_gradients(lambda u: near.adjoint(observed(near.forward(u))), back, _LEAST_SQUARES)
+    return observed(near.forward(x))
 
 
 class System(NamedTuple):

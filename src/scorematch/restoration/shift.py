@@ -16,9 +16,9 @@ the network is one step of a quasi-Newton method, which begins with the w and v 
 
 C is the estimate of the covariance of :math:`x_0` given x of ``scorematch.restoration.cosine``. If C is exact,
 :math:`\hat D` is the posterior mean for every w; if :math:`w = \sigma^2 A^\top v`, it is :math:`D(x + w)` for every C.
-The linear system is solved by conjugate gradients, without calls of the network. Without the damping :math:`\lambda`, w
-would grow without limit in the directions in which data vary much less than :math:`\sigma`, and the network would see
-states that it was not trained on.
+The linear system is solved by conjugate gradients, without calls of the network; its right-hand side is projected onto
+the range of A if the operator is not linear. Without the damping :math:`\lambda`, w would grow without limit in the
+directions in which data vary much less than :math:`\sigma`, and the network would see states that it does not know.
 
 For Gaussian data with the covariance :math:`C_0` and the mean m, :math:`C_0^{-1} (D - m) = -s` at every level, where s
 is the score. Let q and p be the changes of D and of -s from one call to the next, and :math:`q'` and :math:`p'` those
@@ -51,7 +51,7 @@ from torch import Tensor
 from scorematch.core.scores import Score, score_at
 from scorematch.restoration.cosine import CosineCovariance
 from scorematch.restoration.method import Restoration
-from scorematch.restoration.moments import System, consistent, exactly
+from scorematch.restoration.moments import System, consistent, exactly, explained
 from scorematch.restoration.observation import Observation
 
 _DAMPING = 0.02  # the largest lambda: with 0.005, w of digits grew to 14 sigma, and the draws were too much alike
@@ -101,7 +101,7 @@ class Shift(Restoration):
         error = residual - system.noise(v)
         missing = shift - near.adjoint(system.weighted(v))
         error = error + observation.observed(near.forward(covariance.product(missing)))
-        v = v + system.solve(covariance.product, error)
+        v = v + system.solve(covariance.product, explained(observation, near, error))
         back = near.adjoint(system.weighted(v))
         damped = covariance.damped(back, (10 * bend.square()).clamp(_LEAST, _DAMPING) * level)
         self._steps[rows.start] = _Step(denoised, follow, v, damped, changes, bend)
