@@ -296,8 +296,11 @@ def test_tune_stores_the_best_settings(folder, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_tune_of_restorations(folder, tmp_path, capsys):
+    levels = NoiseSchedule.geometric(1, 0.01, 9)
+    network = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, condition_channels=1, schedule=levels)
+    network.save_pretrained(tmp_path / "palette")
     options = ("--reference", folder / "real.npz", "-n", 3, "--calls", 18, "--out", tmp_path / "tuned")
-    assert _run("tune", folder / "network", "--restore", "pool:2", "pool:4", "--restore-method", "guide", *options) == 0
+    assert _run("tune", tmp_path / "palette", "--restore", "pool:2", "pool:4", *options) == 0
     printed = capsys.readouterr().out
     assert "| sampler settings | calls | pool:2: rmse | pool:4: rmse | mean: rmse | seconds |" in printed
     assert (tmp_path / "tuned" / "tune.json").is_file() and f"{tmp_path / 'tuned'}\n" in printed
@@ -319,7 +322,7 @@ def test_wrong_arguments_of_tune_are_refused(folder, capsys):
             (network, *reference, "--restore", "pool:2", "--held-out", "a"),
             "--held-out is not for --restore. Leave it out",
         ),
-        ((network, *reference, "--restore-method", "guide"), "--restore-method is for --restore. Leave it out."),
+        ((network, *reference, "--restore", "pool:2"), "--restore is for networks that were trained to restore, and"),
         (
             ("palette-mnist", *reference),
             "palette-mnist restores images. Add the operators to measure, such as --restore",

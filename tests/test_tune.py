@@ -193,6 +193,8 @@ def test_settings_are_measured_with_guidance_and_the_network_is_stored(tmp_path)
         run(classifier_free(net, 2.0), out=tmp_path, settings=SETTINGS[:2], classes="cycle")
     with pytest.raises(ValueError, match=r"guidance is for samples\. Leave it out with operators"):
         run(guided, operators="gray")
+    with pytest.raises(ValueError, match="operators are for networks that were trained to restore, and this one draws"):
+        run(net, operators="gray")
     with pytest.raises(TypeError, match="net must be a ScoreNet, or one with guidance, got function"):
         run(autoguidance(lambda x, sigma: -x, net, 2.0))
 
@@ -272,11 +274,10 @@ COLORED = torch.rand(8, 3, 8, 8, generator=seed(1))
 def test_the_best_settings_of_restorations(restorer, tmp_path, by):
     """The figures are those of evaluate_restoration; several operators have the geometric mean."""
     operators = ["gray", AveragePool(2)]
-    result = run(restorer, COLORED, operators=operators, restore="guide", by=by, out=tmp_path)
+    result = run(restorer, COLORED, operators=operators, by=by, out=tmp_path)
     assert (result.operators, result.by) == (["gray", "pool:2"], by or "rmse")
     for row in result.rows:
         sampler = recommended_sampler(restorer, row.settings)
-        sampler.restore = "guide"
         values = []
         for operator in operators:
             options = {"n": 6, "draws": 1, "features": mean_color, "metrics": ["frechet"], "cache": False}
@@ -288,9 +289,9 @@ def test_the_best_settings_of_restorations(restorer, tmp_path, by):
     head = f"| sampler settings | calls | gray: {result.by} | pool:2: {result.by} | mean: {result.by} |"
     assert result.table().startswith(head)
     assert ScoreNet.from_pretrained(tmp_path).sampler_settings.alone() == result.recommended.settings
-    assert run(restorer, COLORED, operators=operators, restore="guide", by=by, out=tmp_path).rows == result.rows
+    assert run(restorer, COLORED, operators=operators, by=by, out=tmp_path).rows == result.rows
     with pytest.raises(ValueError, match="measured with other settings: tasks"):
-        run(restorer, COLORED, operators="gray", restore="guide", by=by, out=tmp_path)
+        run(restorer, COLORED, operators="gray", by=by, out=tmp_path)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import get_args
 from scorematch.cli.options import Commands, refuse
 from scorematch.cli.options.classes import add_classes, add_guidance, find_classes, guide
 from scorematch.cli.options.networks import add_model, load
-from scorematch.cli.options.operators import add_operators, add_restore_method, read_operator
+from scorematch.cli.options.operators import add_operators, read_operator
 from scorematch.cli.options.outputs import check_folder_name
 from scorematch.cli.options.reference import add_reference, find_reference_arrays, reference_options
 from scorematch.cli.options.samplers import add_computation
@@ -68,10 +68,9 @@ def add(commands: Commands) -> None:
         nargs="+",
         type=filled,
         metavar="OPERATOR",
-        help="degrade images with these operators and restore them, instead of drawing new ones; --reference has the "
-        "clean images. Needed for networks that were trained to restore",
+        help="for a network that was trained to restore, which needs it: degrade the images of --reference with these "
+        "operators, and measure the restorations",
     )
-    add_restore_method(restoration)
     add_computation(parser)
     add_reference(parser)
     add_classes(parser)
@@ -84,8 +83,6 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--features must be one extractor: the best settings minimize one distance.")
     if args.restore:
         refuse(args, ("held_out", "classes", "n_classes", "weight", "interval", "rescale"), "is not for --restore")
-    else:
-        refuse(args, ["restore_method"], "is for --restore")
     with about("--restore"):
         args.restore = args.restore and list(map(read_operator, args.restore))  # raises before the network is loaded
     check_sources(args.reference, args.held_out)  # before the network is loaded
@@ -97,6 +94,11 @@ def _run(args: argparse.Namespace) -> None:
         check_folder(args.out, net)  # before weights are downloaded
     if takes_image(net) and not args.restore and data is None:
         raise ValueError(f"{args.model} restores images. Add the operators to measure, such as --restore gray.")
+    if args.restore and not takes_image(net):
+        raise ValueError(
+            f"--restore is for networks that were trained to restore, and {args.model} draws: its settings are those "
+            "for drawing. Compare with evaluate --restore OPERATOR --levels 25."
+        )
     classes = None if args.restore else find_classes(args, net)
     kind: Kind = "restorations" if args.restore else "pictures" if data is None else "data that are not pictures"
     if distance_of(args.by, kind) == "rmse":
@@ -124,7 +126,6 @@ def _run(args: argparse.Namespace) -> None:
         n=args.n,
         by=args.by,
         operators=args.restore,
-        restore=args.restore_method or "auto",
         held_out=args.held_out,
         out=args.out,
         classes=classes,

@@ -21,7 +21,6 @@ from scorematch.evaluation.per_image import choose
 from scorematch.evaluation.reference import open_for, read_batches, shown
 from scorematch.evaluation.restored_images import RESTORATION, RESTORED, Restoring, identified
 from scorematch.evaluation.subject import conditions_of
-from scorematch.restoration.methods import Restore
 from scorematch.restoration.operator import Operator
 from scorematch.sampling import Sampler
 from scorematch.sampling.bulk import bulk_samples
@@ -135,7 +134,6 @@ def of_restorations(
     n: int,
     drawing: Mapping[str, Any],
     operators: Mapping[str, Operator],
-    restore: Restore,
     options: Mapping[str, Any],
 ) -> Criterion:
     """The error of the restorations of n images, for one or more operators.
@@ -146,7 +144,6 @@ def of_restorations(
         n: the number of images.
         drawing: the seed and the batch size.
         operators: the operators by their names.
-        restore: the method.
         options: the arguments of ``Evaluator``.
 
     Raises:
@@ -158,7 +155,6 @@ def of_restorations(
     chosen = choose(len(data), min(n, len(data)), drawing["seed"])
 
     def measure(sampler: Sampler) -> Figures:
-        sampler.restore = restore
         figures: Figures = {}
         for name, operator in operators.items():
             run = Restoring(sampler, evaluator, operator, 1, 0.0, drawing["seed"])
@@ -167,7 +163,7 @@ def of_restorations(
         return figures
 
     # Masks of one size can have the same name.
-    settings |= {"tasks": list(map(identified, operators.values())), "restore": restore}
+    settings |= {"tasks": list(map(identified, operators.values()))}
     return Criterion(source, dict.fromkeys(operators, (by,)), settings, measure)
 
 

@@ -4,9 +4,9 @@ All settings draw images from the same seeds, so that their differences have sma
 settings are those with the smallest distance to the reference. Settings whose distances differ by less than the errors
 are equally good: choose the one with the fewest network calls. ``calls=`` limits their number.
 
-Data that are not pictures are compared without features. With ``operators`` degraded images are restored instead, and
-the best settings are those with the smallest error. For several operators it is the geometric mean of their errors,
-which gives all operators the same weight.
+Data that are not pictures are compared without features. A network that was trained to restore restores degraded images
+instead, with ``operators``, and the best settings are those with the smallest error. For several operators it is the
+geometric mean of their errors, which gives all operators the same weight.
 
 The folder of a result contains the network with its new ``sampler_settings``, the table in ``tune.json``, and a section
 with the table in the card, ``README.md``. The first settings are those with the fewest network calls within 2 % of the
@@ -49,7 +49,6 @@ from scorematch.evaluation.restored_images import single_operator
 from scorematch.guidance import GuidedScore
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.model_card import model_card
-from scorematch.restoration.methods import Restore
 from scorematch.restoration.operator import Operator
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
 from scorematch.sampling.bulk import Classes, description_of
@@ -256,7 +255,6 @@ def tune(
     by: Distance | None = None,
     held_out: Any = None,
     operators: str | Operator | Sequence[str | Operator] | None = None,
-    restore: Restore = "auto",
     seed: int = 0,
     batch_size: int = 64,
     out: str | os.PathLike[str] | None = None,
@@ -287,9 +285,8 @@ def tune(
             data that are not pictures None is "energy"; "sliced-wasserstein", "spectrum" and "frechet" are measured on
             the values, too.
         held_out: real images that are not in the reference, for comparison, as for ``evaluate``.
-        operators: to measure restorations, one or more operators or their texts, as for ``evaluate_restoration``. A
-            network that was trained to restore needs them.
-        restore: the method of the restorations, as for every ``Sampler``.
+        operators: for a network that was trained to restore, which needs them: one or more operators or their texts,
+            as for ``evaluate_restoration``.
         seed: the seed of all images.
         batch_size: the number of images that go through the network at once.
         out: the folder for the network with the best settings, and the table. It may be the folder of the network
@@ -340,6 +337,11 @@ def tune(
     samplers = _samplers(net, settings_table(net, calls) if settings is None else list(settings), calls)
     if takes_image(net) and not named and arrays is None:
         raise ValueError("the network restores images: name the operators to measure, such as operators=['gray'].")
+    if named and not takes_image(net):
+        raise ValueError(
+            "operators are for networks that were trained to restore, and this one draws: its settings are those for "
+            "drawing. Write evaluate_restoration(ODESampler(net, levels=25, restore='auto'), ...) to compare."
+        )
     device = local_device(device_of(net) if device is None else device)
     drawing: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
     options = {"features": features, "shape": shape, "crop": crop, "cache": cache, "device": device}
@@ -347,7 +349,7 @@ def tune(
     with process_group(device):
         if named:
             degraded = dict(zip(named, listed, strict=True))
-            criterion = of_restorations(reference, distance, n, drawing, degraded, restore, options)
+            criterion = of_restorations(reference, distance, n, drawing, degraded, options)
         elif arrays is not None:
             criterion = of_arrays(arrays, distance, net, n, drawing, held_out, progress)
         else:
