@@ -53,12 +53,12 @@ def middle(score: Any) -> float:
 
 
 def pseudo_inverse(observation: Observation, like: Tensor) -> Callable[[Tensor], Tensor]:
-    """A^+ y from the gain of the operator or its singular value decomposition."""
+    """A^+ y from the gain of the operator, or from the singular values above the noise, as in DDRM."""
     operator = observation.operator
     if operator.gain is not None:
         return operator.pseudo_inverse
     values, _, sample, measured = operator.decomposition(like)
-    inverse = torch.where(values > 1e-3 * values.max(), 1 / values, 0)
+    inverse = torch.where(values > observation.sigma, 1 / values, 0)
     return lambda y: sample(inverse * (y if measured is None else measured(y)))
 
 
@@ -66,7 +66,7 @@ def pseudo_inverse(observation: Observation, like: Tensor) -> Callable[[Tensor],
 
 
 def in_azula(score: Any) -> Any:
-    """The denoiser of azula with the levels of the network."""
+    """The denoiser of azula, of flattened samples (n, d), with the levels of the network."""
     from azula.denoise import Denoiser, DiracPosterior
     from azula.noise import VESchedule
 
@@ -76,19 +76,26 @@ def in_azula(score: Any) -> Any:
             self.schedule = VESchedule(score.schedule.sigma_min, score.schedule.sigma_max)
 
         def forward(self, x: Tensor, t: Tensor, **options: Any) -> Any:
-            return DiracPosterior(mean=denoise(score, x, self.schedule(t)[1]))
+            found = denoise(score, x.unflatten(1, score.sample_shape), self.schedule(t)[1])
+            return DiracPosterior(mean=found.flatten(1))
 
     return Network()
 
 
-def flat(observation: Observation) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The measurement (n, values of y) and the function that measures."""
-    return observation.y.flatten(1), lambda x: observation.observed(observation.operator.measure(x)).flatten(1)
+def flat(score: Any, observation: Observation) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The measurement (n, values of y) and the function that measures flattened samples."""
+
+    def measure(x: Tensor) -> Tensor:
+        x = x.unflatten(1, score.sample_shape)
+        return observation.observed(observation.operator.measure(x)).flatten(1)
+
+    return observation.y.flatten(1), measure
 
 
 def run_azula(score: Any, sampler: Any, n: int) -> Tensor:
-    """Draws with a sampler of azula."""
-    return sampler(sampler.init((n, *score.sample_shape), mean=torch.tensor(middle(score))))
+    """Draws with a sampler of azula, whose linear solvers need flattened samples."""
+    x = sampler.init((n, math.prod(score.sample_shape)), mean=torch.tensor(middle(score)))
+    return sampler(x).unflatten(1, score.sample_shape)
 
 
 def mmps(score: Any, steps: int, observation: Observation) -> Tensor:
@@ -96,7 +103,7 @@ def mmps(score: Any, steps: int, observation: Observation) -> Tensor:
     from azula.guidance.mmps import MMPSDenoiser
     from azula.sample import DDPMSampler
 
-    y, measure = flat(observation)
+    y, measure = flat(score, observation)
     guided = MMPSDenoiser(in_azula(score), y, measure, lambda v: observation.sigma**2 * v)
     return run_azula(score, DDPMSampler(guided, steps=steps, silent=True), len(observation))
 
@@ -105,7 +112,7 @@ def azula_dps(score: Any, steps: int, observation: Observation) -> Tensor:
     """DPS with the strength 1, times the root of the number of images, since its norm is that of the batch."""
     from azula.guidance.dps import DPSSampler
 
-    y, measure = flat(observation)
+    y, measure = flat(score, observation)
     sampler = DPSSampler(in_azula(score), y, measure, math.sqrt(len(y)), steps=steps, silent=True)
     return run_azula(score, sampler, len(observation))
 
@@ -114,9 +121,13 @@ def pgdm(score: Any, steps: int, observation: Observation) -> Tensor:
     """ΠGDM."""
     from azula.guidance.pgdm import PGDMSampler
 
-    measure = observation.operator.measure
-    inverse = pseudo_inverse(observation, observation.y.new_zeros(1, *score.sample_shape))
-    sampler = PGDMSampler(in_azula(score), observation.y, measure, inverse, steps=steps, silent=True)
+    y, measure = flat(score, observation)
+    of_y = pseudo_inverse(observation, observation.y.new_zeros(1, *score.sample_shape))
+
+    def inverse(y: Tensor) -> Tensor:
+        return of_y(y.view_as(observation.y)).flatten(1)
+
+    sampler = PGDMSampler(in_azula(score), y, measure, inverse, steps=steps, silent=True)
     return run_azula(score, sampler, len(observation))
 
 
@@ -125,7 +136,7 @@ def azula_diffpir(score: Any, steps: int, observation: Observation) -> Tensor:
     from azula.guidance.diffpir import DiffPIRDenoiser
     from azula.sample import DDPMSampler
 
-    y, measure = flat(observation)
+    y, measure = flat(score, observation)
     guided = DiffPIRDenoiser(in_azula(score), y, measure, observation.sigma**2)
     return run_azula(score, DDPMSampler(guided, steps=steps, silent=True), len(observation))
 
@@ -137,7 +148,7 @@ def tds(score: Any, steps: int, observation: Observation) -> Tensor:
     drawn = []
     for _, group in itertools.groupby(range(len(observation)), lambda i: observation.y[i].tolist()):
         rows = list(group)
-        y, measure = flat(observation.rows(slice(rows[0], rows[-1] + 1)))
+        y, measure = flat(score, observation.rows(slice(rows[0], rows[-1] + 1)))
 
         def twist(x: Tensor, sigma: Tensor, y: Tensor = y, measure: Any = measure) -> Tensor:
             deviation = (observation.sigma**2 + sigma**2).sqrt()
