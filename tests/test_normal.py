@@ -8,6 +8,7 @@ import torch
 
 from scorematch import NoiseSchedule
 from scorematch.core.cosines import Cosines
+from scorematch.nets.precondition import Units
 from scorematch.restoration import Grayscale, Observation
 from scorematch.sampling import ODESampler, SamplerSettings, data_moments
 from tests.helpers import run, seed
@@ -137,6 +138,29 @@ def test_samples_of_other_sides_have_the_spectrum_at_the_same_frequencies(shape)
     assert found[frequencies == 0].tolist() == pytest.approx([brightness] * 3, rel=1e-5)
     with pytest.raises(ValueError, match=r"data_mean must have 2 numbers"):
         sampler.sample(1, shape=(2, 6, 4), progress=False)
+
+
+class InUnits:
+    """The score of the normal data whose channels have other units."""
+
+    units = Units((0.0,) * 3, (0.5, 2.0, 64.0), relative=True)
+    ratios = torch.tensor(units.ratios).view(-1, 1, 1)
+
+    def __call__(self, x, sigma):
+        return normal_score(x / self.ratios, sigma) / self.ratios
+
+
+def test_channels_of_different_units():
+    net, z = InUnits(), torch.randn(40, *SHAPE, generator=seed(3))
+    options = {"sigmas": [3, 0.7, 0.05], "method": "dpm-solver++"}
+    same = ODESampler(normal_score, **options, **MOMENTS)
+    expected = run(same, init=same.start(z))
+    sampler = ODESampler(net, **options, **MOMENTS)
+    found = run(sampler, init=sampler.start(z) * net.ratios)
+    torch.testing.assert_close(found, expected * net.ratios, rtol=1e-4, atol=1e-3)
+    assert data_moments(found, net=net) == data_moments(found / net.ratios)
+    with pytest.raises(ValueError, match=r"different units. Write \*\*data_moments\(data, net=net\)"):
+        ODESampler(net, **options, **data_moments(found)).sample(2, shape=SHAPE, progress=False)
 
 
 def test_the_moments_are_stored_and_checked():

@@ -115,13 +115,16 @@ def test_settings_of_paths_have_the_numbers_of_calls(net):
     images = torch.rand(9, 1, 8, 8)
     sigmas = pytest.approx([4, 1.1769, 0.34641, 0.10194, 0.03], rel=1e-3)
     expected = {"method": "dpm-solver++", "order": 1, "sigmas": sigmas}
-    first, second = (each.options for each in settings_with_few_calls(higher, [5], images)[2:4])
-    assert (first["sigmas"][0], second["sigmas"][0]) == (4, 8)
+    first, *others = (each.options for each in settings_with_few_calls(higher, [5], images)[2:5])
+    assert [(each["sigmas"][0], each["order"]) for each in (first, *others)] == [(4, 1), (8, 1), (40, 2)]
     started = dict(first)
     assert {name: list(values) for name, values in data_moments(images, 8).items()} == {
         name: list(started.pop(name)) for name in ("data_mean", "data_spectrum")
     }
     assert started == expected
+    for shape in ((3,), (2, 7), (30, 9, 8), (9, 8, 6, 9)):  # at most 1,000 numbers of the mean
+        data = torch.randn(9, *shape)
+        ODESampler(lambda x, sigma: -x, **settings_with_few_calls(higher, [5], data)[4].options).start(data)
     assert usual == SamplerSettings("ode", levels=5, sigma_min=0.03, method="unipc")
     assert [each.options["eta"] for each in noisy] == [1.0, (1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 1.0)]
     exact = [*schedules_of_paths(net, [4], generator=1, progress=False)[0], 0.03]

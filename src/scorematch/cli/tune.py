@@ -18,9 +18,11 @@ from scorematch.core.messages import about
 from scorematch.core.processes import this_process
 from scorematch.core.schema import Field
 from scorematch.core.scores import device_of
+from scorematch.evaluation.arrays import some_values_of
 from scorematch.evaluation.criteria import Distance, Kind, distance_of
 from scorematch.evaluation.few_calls import settings_learned, settings_of_paths, settings_with_few_calls
 from scorematch.evaluation.reference import check_sources, first_images
+from scorematch.evaluation.subject import conditions_of
 from scorematch.evaluation.tune import check_folder, settings_table, tune
 from scorematch.sampling import recommended_sampler
 
@@ -108,11 +110,14 @@ def _run(args: argparse.Namespace) -> None:
         options["features"] = options["features"][0] if options["features"] else []
     settings = settings_table(net, args.calls)
     if args.learn:
-        fitted = {"seed": args.seed, "progress": not args.quiet}
+        images, condition = None, None
+        if data is not None:
+            images = some_values_of(data, 4096, args.seed)
+            condition = conditions_of(data, net, args.n, args.seed)
+        elif not args.restore:
+            images = first_images(args.reference, net.sample_shape, crop=options["crop"])
+        fitted = {"condition": condition, "seed": args.seed, "progress": not args.quiet}
         settings += settings_learned(net, args.learn, out=args.out, **fitted)
-        source, crop = args.reference, options["crop"]
-        drawn = not args.restore and data is None
-        images = first_images(source, net.sample_shape, crop=crop) if drawn else None
         settings += settings_of_paths(net, args.learn, **fitted) + settings_with_few_calls(net, args.learn, images)
     if settings and this_process().rank == 0:
         calls = sum(len(recommended_sampler(net, each)) for each in settings) * len(args.restore or [""])

@@ -111,12 +111,13 @@ def learned_settings(
         raise ValueError(
             "net must be differentiable in the noise level: pass the network itself, not an inference copy."
         )
-    net = isotropic(net)
+    origin, net = origin_of(net), isotropic(net)
     paths = follow(net, fine, calls, "calls", options)
     with torch.enable_grad():
         x = paths.states[0][:1].clone().requires_grad_()
         check_differentiable(score_at(net, x, x.new_tensor(paths.sigmas[0]), rows_of(condition, slice(1))), "net")
-    return _learned(net, calls, paths, condition, iterations, batch_size, generator, progress)
+    learned = _learned(net, calls, paths, condition, iterations, batch_size, generator, progress)
+    return (SamplerSettings("ode", method="unipc", learned_for=origin, **numbers.rounded()) for numbers in learned)
 
 
 def _learned(
@@ -128,7 +129,7 @@ def _learned(
     batch_size: int,
     seed: int,
     progress: bool,
-) -> Iterator[SamplerSettings]:
+) -> Iterator[_Numbers]:
     start, end = paths.states[0], paths.states[-1]
     for count, sigmas in zip(calls, straightest(paths, calls), strict=True):
         numbers, order = _Numbers(sigmas, start.device), torch.Generator().manual_seed(seed)
@@ -142,7 +143,7 @@ def _learned(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        yield SamplerSettings("ode", method="unipc", learned_for=origin_of(net), **numbers.rounded())
+        yield numbers
 
 
 class _Numbers:

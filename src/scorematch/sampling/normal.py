@@ -47,6 +47,7 @@ from torch import Tensor
 from scorematch.core.arguments import argument, check_count
 from scorematch.core.batches import check_data
 from scorematch.core.cosines import Cosines
+from scorematch.core.scores import Score, noise_ratios
 from scorematch.sampling.multistep import Method, nodes_of, polynomials, quadrature
 
 __all__ = ["data_moments"]
@@ -61,13 +62,15 @@ class Moments(TypedDict):
     data_spectrum: list[float]
 
 
-def data_moments(data: Tensor, mean_side: int = 1) -> Moments:
+def data_moments(data: Tensor, mean_side: int = 1, net: Score | None = None) -> Moments:
     """The mean and the spectrum of data, as options of ``ODESampler`` that start below the highest noise level.
 
     Args:
         data: samples of the data or of a network (N, C, ...), with N of at least 2; some thousand.
         mean_side: the number of values along each axis by which the mean is described: 1, the mean of each channel, for
             data that look alike everywhere; more, such as 8, for aligned faces, whose mean has a shape.
+        net: the network, needed if its channels have different units (``net.units``): the moments are then those of
+            x / r, where the noise of each channel is sigma r.
 
     Returns:
         ``data_mean``, the mean at so low a resolution, and ``data_spectrum``, the mean variance of the cosines in each
@@ -92,6 +95,7 @@ def data_moments(data: Tensor, mean_side: int = 1) -> Moments:
         raise ValueError(
             f"mean_side must be at most {min(sides, default=1)} for samples of the shape {tuple(data.shape[1:])}."
         )
+    data = data / noise_ratios(net, data)
     mean = _resized(data.mean(0, keepdim=True), [mean_side] * len(sides)).flatten()
     spectrum = cosines.means(cosines.transform(data).var(0)[None])[0]
     return {"data_mean": _rounded(mean), "data_spectrum": _rounded(spectrum)}
@@ -105,6 +109,9 @@ class Normal:
         mean: the mean of each channel, or of a low resolution, as ``data_moments`` returns it.
         spectrum: the variances of the bands of ``Cosines``.
         measured: the shape (C, ...) of the samples with this spectrum; None: that of x.
+
+    Attributes:
+        variance: the mean variance of a value.
     """
 
     def __init__(
@@ -127,6 +134,7 @@ class Normal:
         low = torch.tensor(mean, dtype=torch.float32, device="cpu").view(1, channels, *[side] * len(sides))
         self._mean = _resized(low, sides).to(x)
         self._spectrum = np.array(spectrum)
+        self.variance = float(self._cosines.spread(self._to_device(self._spectrum[None])).mean())
 
     def start(self, z: Tensor, sigma: float) -> Tensor:
         """The states at the level sigma from standard normal noise z."""

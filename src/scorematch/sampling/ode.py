@@ -108,7 +108,7 @@ class ODESampler(Sampler):
             ``eta=1``, and SA-Solver "unipc" with ``eta`` tau^2.
         coefficients: the numbers of the steps of "dpm-solver++" or "unipc" on the levels ``sigmas``, in place of those
             of the method, which ``learned_settings`` fits to a network.
-        data_mean, data_spectrum: the mean and the spectrum of the data, ``data_moments(data)``. The steps of
+        data_mean, data_spectrum: the mean and the spectrum of the data, ``data_moments(data, net=net)``. The steps of
             "dpm-solver++" and "unipc" are then exact for the normal distribution of the data, so that fewer are needed,
             and the start is drawn from it with noise of the highest of the levels, which may be as low as half a
             standard deviation of the coarsest structure; see ``scorematch.sampling.normal``. With an observation they
@@ -215,8 +215,6 @@ class ODESampler(Sampler):
                     f"{argument('levels')}, {argument('sigma_max')} and {argument('sigma_min')}."
                 )
         self.check_options({"data_mean": data_mean, "data_spectrum": data_spectrum})
-        if data_spectrum is not None and isinstance(self.net, Isotropic):
-            raise ValueError(f"{argument('data_spectrum')} is for data whose channels have the same units.")
         self.data_mean: list[float] | None = native(data_mean)
         self.data_spectrum: list[float] | None = native(data_spectrum)
         self.eta, steps = native(eta), len(self.schedule) - 1
@@ -331,7 +329,13 @@ class ODESampler(Sampler):
     def _normal(self, x: Tensor) -> Normal | None:
         if self.data_mean is None or self.data_spectrum is None:
             return None
-        return Normal(x, self.data_mean, self.data_spectrum, attribute(self.net, "sample_shape"))
+        normal = Normal(x, self.data_mean, self.data_spectrum, attribute(self.net, "sample_shape"))
+        if isinstance(self.net, Isotropic) and normal.variance > 2 * (own := self.net.units.typical**2):
+            raise ValueError(
+                f"{argument('data_spectrum')} has the variance {normal.variance:.3g}, and the network {own:.3g}, whose "
+                "channels have different units. Write **data_moments(data, net=net)."
+            )
+        return normal
 
     def _churned(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
         z = (x - middle_of(self.net, x)) / self.schedule.sigma_max  # the noise of the state
