@@ -24,7 +24,6 @@ _PATHS, _LEARNED_PATHS = 64, 256
 _BARELY_VISIBLE = 0.03  # in units of the value range
 _FIRST = 24.0  # in standard deviations of the data; from higher levels one step is enough
 _NORMAL = 16.0, 32.0  # in these deviations; noisy data are nearly normal there
-_MEAN_SIDE, _MEAN_VALUES = 8, 1000  # which shows the shape of aligned faces; the most numbers of the mean
 _RECORD: Mapping[str, Field] = {
     "format_version": Field(int, required=True, choices=(1,)),
     "settings": Field(dict, required=True),
@@ -55,7 +54,7 @@ def settings_with_few_calls(
     starts = [*((each, 1) for each in sorted({min(each * deviation, top) for each in _NORMAL})), (top, 2)]
     moments: dict[str, Any] = {}
     if images is not None:
-        moments |= data_moments(images, _mean_side(images.shape[1:]), net)
+        moments |= data_moments(images, net=net)
     for count in calls:
         levels: dict[str, Any] = {"levels": count, "sigma_min": lowest}
         first = (count - 1) // 2
@@ -145,13 +144,6 @@ def settings_learned(
         if path is not None:
             write_record(path, {"format_version": 1, "settings": settings, "learned": kept})
     return [SamplerSettings.from_dict(kept[str(count)]) for count in calls]
-
-
-def _mean_side(shape: Sequence[int]) -> int:
-    """The number of values along each axis by which the mean of samples of a shape (C, ...) is described."""
-    channels, *sides = shape
-    largest = min(_MEAN_SIDE, *sides) if sides else 1
-    return next(n for n in range(largest, 0, -1) if n == 1 or channels * n ** len(sides) <= _MEAN_VALUES)
 
 
 def _rounded(sigmas: Sequence[float]) -> list[float]:

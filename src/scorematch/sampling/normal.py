@@ -53,6 +53,7 @@ from scorematch.sampling.multistep import Method, nodes_of, polynomials, quadrat
 __all__ = ["data_moments"]
 
 _PAST = 4  # as many residuals as the methods use
+_MEAN_SIDE, _MEAN_VALUES = 8, 1000
 
 
 class Moments(TypedDict):
@@ -62,13 +63,13 @@ class Moments(TypedDict):
     data_spectrum: list[float]
 
 
-def data_moments(data: Tensor, mean_side: int = 1, net: Score | None = None) -> Moments:
+def data_moments(data: Tensor, mean_side: int | None = None, net: Score | None = None) -> Moments:
     """The mean and the spectrum of data, as options of ``ODESampler`` that start below the highest noise level.
 
     Args:
         data: samples of the data or of a network (N, C, ...), with N of at least 2; some thousand.
-        mean_side: the number of values along each axis by which the mean is described: 1, the mean of each channel, for
-            data that look alike everywhere; more, such as 8, for aligned faces, whose mean has a shape.
+        mean_side: the number of values along each axis by which the mean is described; 1 is the mean of each channel.
+            None is 8, which shows the shape of aligned faces, or fewer for short sides and for more than 1,000 numbers.
         net: the network, needed if its channels have different units (``net.units``): the moments are then those of
             x / r, where the noise of each channel is sigma r.
 
@@ -83,14 +84,17 @@ def data_moments(data: Tensor, mean_side: int = 1, net: Score | None = None) -> 
     Example:
         >>> import torch
         >>> images = torch.randn(1000, 1, 4, 4, generator=torch.Generator().manual_seed(0)) + 3
-        >>> {name: [round(value) for value in values] for name, values in data_moments(images).items()}
+        >>> {name: [round(value) for value in values] for name, values in data_moments(images, mean_side=1).items()}
         {'data_mean': [3], 'data_spectrum': [1, 1, 1, 1, 1, 1, 1, 1]}
     """
     check_data(data, "data")
     if len(data) < 2 or not bool(data.isfinite().all()):
         shape = tuple(data.shape)
         raise ValueError(f"data must be two or more samples (N, C, ...) without NaN or infinity, got shape {shape}.")
-    sides, cosines = data.shape[2:], Cosines(data)
+    (channels, *sides), cosines = data.shape[1:], Cosines(data)
+    if mean_side is None:
+        few = (n for n in range(min([_MEAN_SIDE, *sides]), 1, -1) if channels * n ** len(sides) <= _MEAN_VALUES)
+        mean_side = next(few, 1) if sides else 1
     if check_count("mean_side", mean_side) > min(sides, default=1):
         raise ValueError(
             f"mean_side must be at most {min(sides, default=1)} for samples of the shape {tuple(data.shape[1:])}."

@@ -72,7 +72,7 @@ class Recipe:
         crop: the crop of the images, as in ``open_images``.
         training: the arguments of ``train`` that differ from its defaults, except ``condition``.
         tasks: the names of the tasks of ``scorematch.restoration.palette`` that compute the condition.
-        sampler: the published or measured settings for sampling.
+        sampler: the published settings for sampling; None: ``train`` chooses them (``take_sampler``).
         differs: the differences from the publication.
         published_time: the published training time.
         of_side: the function that returns the recipe for images of another side; None if it is the same for all.
@@ -92,7 +92,7 @@ class Recipe:
     schedule: NoiseSchedule
     image_size: int
     training: Mapping[str, Any]
-    sampler: SamplerSettings
+    sampler: SamplerSettings | None = None
     channels: int | None = None
     crop: Crop = "center"
     tasks: tuple[str, ...] = ()
@@ -128,7 +128,7 @@ class Recipe:
             null_class: whether it also has a null class, for training with ``label_drop``.
 
         Returns:
-            The network, with new weights drawn from torch's global generator, and its recommended sampler settings.
+            The network, with new weights drawn from torch's global generator, and the published sampler settings.
 
         Raises:
             ValueError: if ``classes`` is given and the network is an NCSN or NCSNv2.
@@ -242,7 +242,6 @@ def _small(name: str, size: int, widths: tuple[int, ...], title: str) -> Recipe:
         schedule=_EDM,
         image_size=size,
         training={},
-        sampler=SamplerSettings(sampler="ode", levels=18),
     )
 
 
@@ -301,7 +300,6 @@ def growing(side: int) -> Recipe:
             "levels": levels(-1.0 if large else -1.2),
             "growth": (Stage(0.35, pixels, later, fewest=500_000), Stage(0.35, blocks, later, fewest=1_200_000)),
         },
-        sampler=SamplerSettings(sampler="ode", levels=18, method="dpm-solver++"),
         of_side=growing,
     )
     training = {name: value for name, value in recipe.training.items() if name != "growth"}
@@ -398,7 +396,6 @@ _ALL = (
         schedule=_EDM,
         image_size=32,
         training={"images": 50_000, "batch_size": 32},
-        sampler=SamplerSettings(sampler="ode", levels=18),
     ),
     _small("small-32", 32, (128, 256), "U-Net 128 256, patches of 2 x 2"),
     _small("small-64", 64, (64, 128, 256), "U-Net 64 128 256, patches of 2 x 2"),

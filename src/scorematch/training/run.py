@@ -48,6 +48,7 @@ from scorematch.training import checkpoint
 from scorematch.training.accelerator import global_generators, make_accelerator, wait
 from scorematch.training.checks import check_network, check_stages
 from scorematch.training.ema import SNAPSHOTS
+from scorematch.training.few_calls import take_sampler
 from scorematch.training.growth import enlarged
 from scorematch.training.levels import levels_for
 from scorematch.training.log import BINS, CHECK_EVERY, Log, Losses, figures
@@ -159,6 +160,7 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
     check_stages(net, data, settings, accelerator.num_processes)
     shown = settings.progress and accelerator.is_main_process
     take_units(net, data, network_of(folder), settings.start, progress=shown)
+    take_sampler(net, data)
     _name_classes(net, data)
     if settings.hours is not None:
         settings = with_images(folder, net.to(accelerator.device), data, settings, accelerator)
