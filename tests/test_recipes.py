@@ -20,10 +20,10 @@ from scorematch.pretrained.configuration import Stored, architecture
 from scorematch.restoration.palette import MultiTask
 from scorematch.sampling import SamplerSettings, data_moments, recommended_sampler
 from scorematch.training import RECIPES, recipes, train
-from scorematch.training.few_calls import take_sampler
 from scorematch.training.flops import sampling_flop, training_flop
 from scorematch.training.recipes import growing
 from scorematch.training.report import expectation
+from scorematch.training.sampler import take_sampler
 from scorematch.training.settings import TrainSettings
 from tests.helpers import on_meta, seed
 from tests.published import ScoreSDE

@@ -48,12 +48,12 @@ from scorematch.training import checkpoint
 from scorematch.training.accelerator import global_generators, make_accelerator, wait
 from scorematch.training.checks import check_network, check_stages
 from scorematch.training.ema import SNAPSHOTS
-from scorematch.training.few_calls import take_sampler
 from scorematch.training.growth import enlarged
 from scorematch.training.levels import levels_for
 from scorematch.training.log import BINS, CHECK_EVERY, Log, Losses, figures
 from scorematch.training.record import FOLDERS, check_files, network_of, write_config
 from scorematch.training.report import read_examples, sample_interval, save_samples, write_report
+from scorematch.training.sampler import take_sampler
 from scorematch.training.settings import RunSettings, TrainSettings, with_options
 from scorematch.training.signals import Stop
 from scorematch.training.speed import with_images
