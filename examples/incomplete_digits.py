@@ -22,7 +22,7 @@ from torch import Tensor
 from scorematch import ScoreNet
 from scorematch.evaluation import evaluate
 from scorematch.restoration import Observation
-from scorematch.sampling import ODESampler
+from scorematch.sampling import ODESampler, SamplerSettings
 from scorematch.training import train, train_from_observations
 
 
@@ -75,9 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print((args.out / "report.md").read_text())
     clean = train(build(), digits, args.out / "clean", images=args.stages * args.images, **options)
-    test = load_digits(args.data, "test")[0][:2000]
+    test, ten = load_digits(args.data, "test")[0][:2000], SamplerSettings("ode", levels=10, method="dpm-solver++")
+    options = {"features": means, "metrics": ["frechet"], "cache": False, "progress": False}
     for name, net in (("incomplete", prior), ("clean", clean)):
-        found = evaluate(net, test, n=args.samples, features=means, metrics=["frechet"], cache=False, progress=False)
+        found = evaluate(net, test, n=args.samples, sampler=ten, **options)
         print(name, found.table(), sep="\n")
 
 

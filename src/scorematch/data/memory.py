@@ -38,7 +38,7 @@ class Array(Source):
         elif not np.issubdtype(array.dtype, np.floating):
             raise TypeError(
                 f"{name} must be uint8, or floating point in [0, 1], got {array.dtype}. Write x.astype(np.uint8) for "
-                "values up to 255, or x / 65535 for 16-bit images."
+                "values up to 255, x / 65535 for 16-bit images, or x.astype(np.float32) for data that are not images."
             )
         else:
             check_axes(array.shape, name)
