@@ -754,6 +754,12 @@ class Scaled(Operator):
     def measure(self, x):
         return self.factor * x
 
+class Rows(Operator):
+    linear = True
+
+    def measure(self, x):
+        return x.mean(-1)
+
 half, number = AveragePool(2), 3
 if __name__ == "__main__":
     raise RuntimeError
@@ -770,7 +776,12 @@ def test_an_operator_of_a_file_runs_its_code_and_says_so(folder, pictures, tmp_p
     whole, strip = (read_image(path, 1) for path in (pictures / "a.png", tmp_path / "out" / "a-strip.png"))
     pooled = AveragePool(2).pseudo_inverse(AveragePool(2).measure(whole[None] / 2))[0]
     torch.testing.assert_close(strip[:, 2:10, 2:10], pooled, rtol=0, atol=1 / 255)
+    # What is not an image is shown by its least squares.
+    assert _restore(folder, pictures, tmp_path / "rows", "--operator", f"{file}:Rows", "--degrade") == 0
+    shown, mean = read_image(tmp_path / "rows" / "a-strip.png", 1), whole.mean(-1, keepdim=True).expand(1, 8, 8)
+    torch.testing.assert_close(shown[:, 2:10, 2:10], mean, rtol=0, atol=1 / 255)
     figures = ("--data", str(pictures), *drawn, "--out", str(tmp_path / "figures"))
+    assert main(["evaluate", folder, "--restore", f"{file}:Rows", *figures[:-2]]) == 0
     assert main(["evaluate", folder, "--restore", f"{file}:Scaled:0.5", *figures]) == 0
     stored = json.loads((tmp_path / "figures" / "evaluation.json").read_text())
     assert stored["settings"]["operator"].startswith("Scaled(0.5)")

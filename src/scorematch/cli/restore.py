@@ -32,6 +32,7 @@ from scorematch.guidance import Tiled
 from scorematch.nets.family import check_size
 from scorematch.restoration import Observation, Operator, Photograph, as_operator, summary
 from scorematch.restoration.methods import Restore
+from scorematch.restoration.moments import image_of
 from scorematch.restoration.palette import condition_of
 from scorematch.restoration.photograph import fitted
 from scorematch.sampling import ParticleSampler, Sampler
@@ -240,8 +241,8 @@ class _Picture:
             y = read_image(path, 1)[None]
         self._y = y
         Observation(operator, y, args.sigma)  # raises if they do not fit together
-        self.degraded = operator.as_image(y)
-        if self.degraded.shape[1] != channels:
+        shown = operator.as_image(y)
+        if shown.ndim == y.ndim == 4 and shown.shape[1] != channels:
             drawn, needed = ("gray", "RGB") if channels == 1 else ("RGB", "gray")
             raise ValueError(
                 f"{args.operator} needs a network that draws {needed} images, and {args.model} draws {drawn} ones."
@@ -255,6 +256,7 @@ class _Picture:
             tile=False if args.resize else None if args.tile is None else True,
             feather=args.feather,
         )
+        self.degraded = image_of(operator, y, self.photo.shape)
 
     def key(self) -> tuple[bool, object]:
         """Whether the picture needs tiles, and a value that is equal for pictures that can be restored in one batch."""

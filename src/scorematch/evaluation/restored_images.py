@@ -85,6 +85,7 @@ from scorematch.evaluation.per_image import ImageBatch, choose, values_per_image
 from scorematch.evaluation.ranks import FEWEST_PER_RANK, directions, inside, nearest, nominal, p_value, ranks_among
 from scorematch.evaluation.reference import open_for
 from scorematch.evaluation.subject import SamplerChoice, name_of, sampler_for
+from scorematch.restoration.moments import image_of
 from scorematch.restoration.observation import Observation, check_sigma
 from scorematch.restoration.operator import Operator
 from scorematch.restoration.operators import as_operator
@@ -355,7 +356,7 @@ class Restoring:
         if self._sigma:
             y = y + self._sigma * standard_normal(y.shape, as_generator(batch.seeds(self._seed, "noise")), y.device)
         restored = [self._restore(operator, y, batch, draw) for draw in range(self._draws)]
-        degraded = operator.as_image(y).clamp(0, 1)
+        degraded = image_of(operator, y, x.shape[1:]).clamp(0, 1)
         if not self.shown:
             rows = [images[:_ON_THE_PICTURE] for images in (degraded, *restored, x)]
             self.shown = [torch.stack(rows, 1).flatten(0, 1)]

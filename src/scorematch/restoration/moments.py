@@ -24,7 +24,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from scorematch.core.scores import Score, check_differentiable, score_at
 from scorematch.restoration.cosine import CosineCovariance
 from scorematch.restoration.method import Restoration, backward_pass
 from scorematch.restoration.observation import Observation
-from scorematch.restoration.operator import Linearization
+from scorematch.restoration.operator import Linearization, Operator
 from scorematch.restoration.replacement import replacement
 
 Product = Callable[[Tensor], Tensor]
@@ -136,6 +136,18 @@ def exactly(observation: Observation, x: Tensor) -> Tensor:
     # The normal equations have a solution also if the values of y contradict each other.
     missing = near.adjoint(exact(observation.y - near.value))
     return x + conjugate_gradients(lambda u: near.adjoint(exact(near.forward(u))), missing, _LEAST_SQUARES)
+
+
+def image_of(operator: Operator, y: Tensor, shape: Sequence[int]) -> Tensor:
+    """The measurement as images of a shape to look at: ``as_image``, or if that has another shape the least squares.
+
+    They are zeros if it has another shape and the operator is not linear.
+    """
+    found = operator.as_image(y)
+    if found.shape[1:] == tuple(shape):
+        return found
+    zeros = y.new_zeros((len(y), *shape))
+    return exactly(Observation(operator, y).of_shape(shape), zeros) if operator.is_linear else zeros
 
 
 def consistent(observation: Observation) -> Observation:
