@@ -75,6 +75,8 @@ def test_a_score_without_gradients_is_used_with_a_method_that_needs_none(name):
     assert len(warned) == 1 and len(calls) - len(expected) in (0, 1)  # the first call is repeated
     expected.restore = "guide"
     assert torch.equal(x, run(expected, shape=(3, 4, 4), observation=observation, generator=0))
+    with pytest.raises(ValueError, match="gradients"):
+        draw(score, observation, "guide-jacobian", ODESampler)
 
 
 def test_other_errors_of_a_score_are_raised():

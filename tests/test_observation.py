@@ -199,6 +199,7 @@ Y = torch.rand(1, 4, generator=seed())
         (lambda: observation(SAME, Y, lambda v: v @ torch.eye(3)), "a function, cannot be applied to y of shape"),
         (lambda: observation(Linear(lambda x: x + 1), Y, shape=(4,)), "is not linear.* Subtract a constant term"),
         (lambda: observation(Linear(lambda x: x - x.mean()), Y, shape=(4,)), "mixes the samples of a batch"),
+        (lambda: observation(Linear(lambda x: x.mul_(2)), Y, shape=(4,)), "changes x in place"),
         (lambda: observation(SAME, Y, lambda v: v[:, 1:]), r"the shape of y, \(1, 4\), got torch.float32 \(1, 3\)"),
         (lambda: observation(SAME, Y, lambda v: v.roll(1, 1)), "a symmetric and positive matrix, but that of random"),
         (lambda: observation(SAME, Y, lambda v: v * math.nan), "a symmetric and positive matrix"),

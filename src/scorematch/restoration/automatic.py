@@ -31,11 +31,8 @@ class Automatic(Restoration):
         self._decided = True
         try:
             return self._method.score(score, x, sigma, rows)
-        except (WithoutGradientsError, RuntimeError) as error:
-            # A score that converts x to an array raises RuntimeError if x requires gradients.
-            if not isinstance(error, WithoutGradientsError) and "requires grad" not in str(error):
-                raise
-        self._method = self._guide
+        except WithoutGradientsError:
+            self._method = self._guide
         warnings.warn(
             'the score has no gradients: restore="auto" uses the method "guide", which is less accurate. Pass '
             'restore="guide" to turn this warning off.',

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.batches import per_image
-from scorematch.core.scores import Score
+from scorematch.core.scores import Score, WithoutGradientsError
 from scorematch.restoration.observation import Observation
 
 __all__ = ["Restoration"]
@@ -62,13 +62,19 @@ class Restoration:
 
 @contextmanager
 def backward_pass() -> Iterator[None]:
-    """A context in which a lack of memory is reported with its remedy."""
+    """A context in which a lack of memory, and a score that converts x to an array, are reported with their remedy."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise RuntimeError(
             "there is not enough memory for a backward pass through the network. Pass a smaller batch_size, or "
             'restore="replace", which needs none.'
+        ) from error
+    except RuntimeError as error:
+        if "requires grad" not in str(error):
+            raise
+        raise WithoutGradientsError(
+            f'the score has no gradients: {error} Pass restore="shift" or "guide", which need none.'
         ) from error
 
 

@@ -262,8 +262,11 @@ class Observation:
                 self._check_linear(u, w, tolerance)
 
     def _check_rows(self, u: Tensor, w: Tensor, tolerance: float) -> None:
-        """Checks that the measurement of a sample does not depend on the others in the batch."""
-        first = self.operator.measure(u)[:1]
+        """Checks that the measurement of a sample does not depend on the others in the batch, and x stays as it is."""
+        given = u.clone()
+        first = self.operator.measure(given)[:1]
+        if not torch.equal(given, u):
+            raise ValueError(f"{self.operator!r} changes x in place. Write 2 * x in place of x.mul_(2).")
         other = torch.cat([u[:1], w[1:] if len(w) > 1 else w])
         if float((self.operator.measure(other)[:1] - first).norm()) > tolerance * float(first.norm()):
             raise ValueError(
