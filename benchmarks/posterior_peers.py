@@ -165,15 +165,15 @@ AZULA = {"MMPS": mmps, "DPS": azula_dps, "PiGDM": pgdm, "DiffPIR": azula_diffpir
 
 
 class InDeepinv(nn.Module):
-    """The denoiser of deepinv."""
+    """The denoiser of deepinv, of x - center."""
 
-    def __init__(self, score: Any) -> None:
+    def __init__(self, score: Any, center: float = 0.0) -> None:
         super().__init__()
-        self._score = score
+        self._score, self._center = score, center
 
     def forward(self, x: Tensor, sigma: Any, *ignored: Any, **options: Any) -> Tensor:
         """The denoised images."""
-        return denoise(self._score, x.float(), sigma).to(x)
+        return denoise(self._score, x.float() + self._center, sigma).to(x) - self._center
 
 
 def physics(observation: Observation, shape: Sequence[int]) -> Any:
@@ -189,12 +189,16 @@ def physics(observation: Observation, shape: Sequence[int]) -> Any:
 
 
 def ddrm(score: Any, steps: int, observation: Observation) -> Tensor:
-    """DDRM with levels from 1 to 0 in equal steps, in the singular vectors of the operator."""
+    """DDRM with levels from 1 to 0 in equal steps, in the singular vectors of the operator.
+
+    It starts around 0, which is black in [0, 1]: x is centered at the middle of its range.
+    """
     import deepinv
     import numpy as np
 
-    n, shape = len(observation), score.sample_shape
+    n, shape, center = len(observation), score.sample_shape, middle(score)
     like = observation.y.new_zeros(1, *shape)
+    y = observation.residual(observation.operator.measure(like + center))
     values, coefficients, sample, measured = observation.operator.decomposition(like)
     count = coefficients(like).shape[1:]
     # DDRM needs the singular vectors of the values that are not observed too: what V leaves out is kept apart.
@@ -206,8 +210,8 @@ def ddrm(score: Any, steps: int, observation: Observation) -> Tensor:
         V_adjoint=coefficients,
     )
     whole = _completed(known, n, shape, count)
-    model = deepinv.sampling.DDRM(InDeepinv(score), sigmas=np.linspace(1, 0, steps))
-    return model(observation.y, whole)
+    model = deepinv.sampling.DDRM(InDeepinv(score, center), sigmas=np.linspace(1, 0, steps))
+    return model(y, whole) + center
 
 
 def _completed(known: Any, n: int, shape: Sequence[int], count: Sequence[int]) -> Any:
