@@ -2,7 +2,7 @@
 
     python benchmarks/posterior.py --data FOLDER --worlds digits               # FOLDER has MNIST
     python benchmarks/posterior.py --faces FACES --worlds faces --images 8     # a folder or an .npz file of faces
-    python benchmarks/posterior.py --data FOLDER --faces FACES --worlds gaussian levy  # posteriors that are known
+    python benchmarks/posterior.py --data FOLDER --faces FACES --worlds gaussian mixture levy  # known posteriors
 
 The cost is counted in forward passes of the network for one draw. A backward pass counts as many as were measured in
 the same run. Each method has as many noise levels as ``--budget`` pays for. The methods of azula and deepinv have their
@@ -40,14 +40,14 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.data import open_images
 from scorematch.evaluation import efficientnet_lite0, posterior_calibration
 from scorematch.evaluation.estimate import mean_of, ratio_of, root_of
-from scorematch.evaluation.exact import Empirical, Gaussian
+from scorematch.evaluation.exact import Empirical, Gaussian, GaussianMixture
 from scorematch.evaluation.levy import Laplace, LevyProcess, Student
 from scorematch.evaluation.ranks import directions, inside, ranks_among
 from scorematch.restoration import Magnitude, Mask, Matrix, Observation, Operator, as_operator
 from scorematch.restoration.methods import METHODS
 from scorematch.sampling import DecoupledSampler, ODESampler, ParticleSampler
 
-WORLDS = {"digits": "mnist-classes", "faces": "celeba-small", "gaussian": None, "levy": None}
+WORLDS = {"digits": "mnist-classes", "faces": "celeba-small", "gaussian": None, "mixture": None, "levy": None}
 SIGMA = 0.02  # the noise of every task except the blur
 
 
@@ -251,7 +251,10 @@ def images_of(world: str, args: Any) -> Tensor:
 def known_rows(world: str, args: Any) -> Iterator[tuple[dict[str, str], Callable[[], dict[str, Any]]]]:
     """The key of each row of a distribution whose posterior is known, and a function that measures it."""
     schedule = NoiseSchedule.karras(10, 0.005, 256)
-    if world == "levy":
+    if world == "mixture":
+        images, labels = load_digits(args.data, "test")
+        worlds = {"mixture, digits": classes_of(pooled(images[:, :, 2:26, 2:26].float() / 255), labels, schedule)}
+    elif world == "levy":
         worlds = {
             "levy, Laplace": LevyProcess(Laplace(), 64, schedule=NoiseSchedule.karras(100, 0.05, 256)),
             "levy, Student": LevyProcess(Student(3.0), 64, schedule=NoiseSchedule.karras(200, 0.05, 256)),
@@ -262,9 +265,7 @@ def known_rows(world: str, args: Any) -> Iterator[tuple[dict[str, str], Callable
             "faces": images_of("faces", args)[:1400].mean(1, keepdim=True),
         }
         worlds = {
-            f"gaussian, {name}": Gaussian.like(
-                Empirical(torch.nn.functional.adaptive_avg_pool2d(images, 8), schedule=schedule)
-            )
+            f"gaussian, {name}": Gaussian.like(Empirical(pooled(images), schedule=schedule))
             for name, images in small.items()
         }
 
@@ -294,6 +295,20 @@ def known_rows(world: str, args: Any) -> Iterator[tuple[dict[str, str], Callable
                 for name, draw in methods().items():
                     key = {"world": label, "task": task, "method": name}
                     yield key, partial(measured, known, name, draw, operator, sigma)
+
+
+def pooled(images: Tensor) -> Tensor:
+    """The images averaged to 8x8 pixels."""
+    return torch.nn.functional.adaptive_avg_pool2d(images, 8)
+
+
+def classes_of(images: Tensor, labels: Tensor, schedule: NoiseSchedule) -> GaussianMixture:
+    """A component for each class of images, with the mean of the class and the covariance within the classes."""
+    classes = [images[labels == label] for label in labels.unique()]
+    means = torch.stack([each.mean(0) for each in classes])
+    within = Empirical(torch.cat([each - mean for each, mean in zip(classes, means, strict=True)])).covariance
+    weights = [float(len(each)) for each in classes]
+    return GaussianMixture(weights, means.flatten(1), within, images.shape[1:], schedule=schedule)
 
 
 class Remembered:
