@@ -149,6 +149,17 @@ def test_ratios_compare_neighboring_measurements(module):
     assert ratio({"slow": [2, 4, 20], "fast": [1, 2, 10]}, "slow", "fast") == 2
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the covariance of 10 features", "ignore:__array__:DeprecationWarning")
+def test_the_benchmark_of_schedulers_runs(measure, tmp_path):
+    pytest.importorskip("diffusers")
+    np.savez(
+        tmp_path / "pictures.npz", images=np.random.default_rng(0).integers(256, size=(20, 32, 32, 3), dtype="uint8")
+    )
+    rows = measure("schedulers", "--reference", str(tmp_path / "pictures.npz"))
+    assert [(row["calls"], row["Frechet distance"] > 0) for row in rows] == [(4, True), (3, True), (3, True)]
+
+
 # -- All benchmarks
 
 
