@@ -62,6 +62,48 @@ def pseudo_inverse(observation: Observation, like: Tensor) -> Callable[[Tensor],
     return lambda y: sample(inverse * (y if measured is None else measured(y)))
 
 
+def strength(score: Any, steps: int) -> float:
+    """That of DPS, at least its default 1, which is for 1,000 steps and color images of 256x256 pixels.
+
+    With it all steps together go as far in relation to the norm of a sample.
+    """
+    return max(1.0, 1000 / steps * math.sqrt(math.prod(score.sample_shape) / (3 * 256**2)))
+
+
+def _need_linear(observation: Observation) -> None:
+    if not observation.operator.is_linear:
+        raise ValueError("the method needs a pseudo-inverse, singular values or the adjoint of a linear operator.")
+
+
+class _Rounded(torch.autograd.Function):
+    """A measurement without a gradient, with the identity in place of its derivative, as ``Operator.linearized``."""
+
+    @staticmethod
+    def forward(x: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
+        return measure(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent.clone()
+
+
+def measurement(score: Any, observation: Observation) -> Callable[[Tensor], Tensor]:
+    """The function that measures samples, with a derivative."""
+    operator = observation.operator
+    with torch.enable_grad():
+        derived = operator.measure(torch.zeros(1, *score.sample_shape, requires_grad=True)).requires_grad
+    measure = operator.measure if derived else lambda x: _Rounded.apply(x, operator.measure)
+    return lambda x: observation.observed(measure(x))
+
+
 # -- azula ------------------------------------------------------------------------------------------------------------
 
 
@@ -84,12 +126,8 @@ def in_azula(score: Any) -> Any:
 
 def flat(score: Any, observation: Observation) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The measurement (n, values of y) and the function that measures flattened samples."""
-
-    def measure(x: Tensor) -> Tensor:
-        x = x.unflatten(1, score.sample_shape)
-        return observation.observed(observation.operator.measure(x)).flatten(1)
-
-    return observation.y.flatten(1), measure
+    measure = measurement(score, observation)
+    return observation.y.flatten(1), lambda x: measure(x.unflatten(1, score.sample_shape)).flatten(1)
 
 
 def run_azula(score: Any, sampler: Any, n: int) -> Tensor:
@@ -109,17 +147,20 @@ def mmps(score: Any, steps: int, observation: Observation) -> Tensor:
 
 
 def azula_dps(score: Any, steps: int, observation: Observation) -> Tensor:
-    """DPS with the strength 1, times the root of the number of images, since its norm is that of the batch."""
+    """DPS; its strength is multiplied by the root of the number of images, since its norm is that of the batch."""
     from azula.guidance.dps import DPSSampler
 
     y, measure = flat(score, observation)
-    sampler = DPSSampler(in_azula(score), y, measure, math.sqrt(len(y)), steps=steps, silent=True)
+    zeta = strength(score, steps) * math.sqrt(len(y))
+    sampler = DPSSampler(in_azula(score), y, measure, zeta, steps=steps, silent=True)
     return run_azula(score, sampler, len(observation))
 
 
 def pgdm(score: Any, steps: int, observation: Observation) -> Tensor:
     """ΠGDM."""
     from azula.guidance.pgdm import PGDMSampler
+
+    _need_linear(observation)
 
     y, measure = flat(score, observation)
     of_y = pseudo_inverse(observation, observation.y.new_zeros(1, *score.sample_shape))
@@ -136,6 +177,7 @@ def azula_diffpir(score: Any, steps: int, observation: Observation) -> Tensor:
     from azula.guidance.diffpir import DiffPIRDenoiser
     from azula.sample import DDPMSampler
 
+    _need_linear(observation)  # A is applied to directions
     y, measure = flat(score, observation)
     guided = DiffPIRDenoiser(in_azula(score), y, measure, observation.sigma**2)
     return run_azula(score, DDPMSampler(guided, steps=steps, silent=True), len(observation))
@@ -176,15 +218,16 @@ class InDeepinv(nn.Module):
         return denoise(self._score, x.float() + self._center, sigma).to(x) - self._center
 
 
-def physics(observation: Observation, shape: Sequence[int]) -> Any:
-    """The operator as a ``LinearPhysics``."""
+def physics(score: Any, observation: Observation) -> Any:
+    """The operator as a ``LinearPhysics``, or a ``Physics`` if it is not linear."""
     import deepinv
 
-    operator = observation.operator
+    operator, shape, measure = observation.operator, score.sample_shape, measurement(score, observation)
+    options = {"A": lambda x, **_: measure(x), "noise_model": deepinv.physics.GaussianNoise(observation.sigma)}
+    if not operator.is_linear:
+        return deepinv.physics.Physics(**options)
     return deepinv.physics.LinearPhysics(
-        A=lambda x, **_: observation.observed(operator.measure(x)),
-        A_adjoint=lambda y, **_: operator.adjoint(observation.observed(y), shape),
-        noise_model=deepinv.physics.GaussianNoise(observation.sigma),
+        A_adjoint=lambda y, **_: operator.adjoint(observation.observed(y), shape), **options
     )
 
 
@@ -196,6 +239,7 @@ def ddrm(score: Any, steps: int, observation: Observation) -> Tensor:
     import deepinv
     import numpy as np
 
+    _need_linear(observation)
     n, shape, center = len(observation), score.sample_shape, middle(score)
     like = observation.y.new_zeros(1, *shape)
     y = observation.residual(observation.operator.measure(like + center))
@@ -242,17 +286,20 @@ def deepinv_diffpir(score: Any, steps: int, observation: Observation) -> Tensor:
     """DiffPIR with lambda 7 and zeta 0.1."""
     import deepinv
 
+    _need_linear(observation)
+
     fidelity = deepinv.optim.data_fidelity.L2()
     model = deepinv.sampling.DiffPIR(InDeepinv(score), fidelity, sigma=observation.sigma, max_iter=steps)
-    return model(observation.y, physics(observation, score.sample_shape))
+    return model(observation.y, physics(score, observation))
 
 
 def deepinv_dps(score: Any, steps: int, observation: Observation) -> Tensor:
-    """DPS with the weight 1."""
+    """DPS."""
     import deepinv
 
-    model = deepinv.sampling.DPS(InDeepinv(score), num_steps=steps, dtype=torch.float32)
-    return model(observation.y, physics(observation, score.sample_shape))
+    weight = strength(score, steps)
+    model = deepinv.sampling.DPS(InDeepinv(score), num_steps=steps, weight=weight, dtype=torch.float32)
+    return model(observation.y, physics(score, observation), x_init=(len(observation), *score.sample_shape))
 
 
 DEEPINV = {"DDRM": ddrm, "DPS": deepinv_dps, "DiffPIR": deepinv_diffpir}
