@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     examples, images, n, draws, calls = (16, 32, 2, 2, 3) if args.smoke else (1000, 6400, 32, 8, 36)
     torch.manual_seed(0)
     net = ScoreNet.unet(1, (SIDE,) * 3, widths=(32, 64), layers_per_block=1, padding="circular", patch=4)
-    net = train(net, volumes(examples), args.out, images=images, batch_size=4, lr=2e-3, augment=["shift", "flip"])
+    options = {"batch_size": 4, "optimizer": "muon", "lr": 0.01, "augment": ["shift", "flip"]}
+    net = train(net, volumes(examples), args.out, images=images, **options)
     sampler = ODESampler(net, levels=calls, method="unipc")
     x, exact = sampler.sample(n, generator=0, progress=False), volumes(n)
     for name, drawn in ("samples", x), ("new volumes", volumes(n)):
