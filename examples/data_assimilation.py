@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     from matplotlib.figure import Figure
 
-    examples, steps, cases, particles, levels = (200, 10, 2, 4, 6) if args.smoke else (50_000, 5000, 8, 256, 60)
+    examples, steps, cases, particles, levels = (200, 10, 2, 4, 6) if args.smoke else (50_000, 5000, 4, 1024, 60)
     torch.manual_seed(0)
     net = ScoreNet.unet(3, (LENGTH,), widths=(32, 64, 64), layers_per_block=1)
-    net = train(net, paths(examples), args.out, images=64 * steps, batch_size=64)
+    net = train(net, paths(examples), args.out, images=64 * steps, batch_size=64, optimizer="muon", lr=0.01)
     sampler, found = ParticleSampler(net, NoiseSchedule.geometric(200, 0.16, levels), particles=particles), []
     figure = Figure(figsize=(9, 3), layout="constrained")
     for case, truth in enumerate(paths(cases)):
