@@ -139,6 +139,10 @@ def test_samples_of_other_sides_have_the_spectrum_at_the_same_frequencies(shape)
     with pytest.raises(ValueError, match=r"data_mean must have 2 numbers"):
         sampler.sample(1, shape=(2, 6, 4), progress=False)
 
+    fine = moments | {"data_mean": [value for value in MEAN for _ in range(16)]}  # more values than some of the sides
+    start = ODESampler(Measured(), sigmas=[1e-4, 1e-5], method="unipc", **fine).start(0 * ones)
+    torch.testing.assert_close(start, sampler.start(0 * ones), rtol=0, atol=1e-5)
+
 
 class InUnits:
     """The score of the normal data whose channels have other units."""

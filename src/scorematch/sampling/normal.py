@@ -126,8 +126,8 @@ class Normal:
         channels, *sides = x.shape[1:]
         if measured is not None and tuple(measured) != (shape := tuple(x.shape[1:])):
             spectrum = _of_other_sides(spectrum, measured, shape)
-        side = round((len(mean) / channels) ** (1 / max(1, len(sides))))
-        counts = channels * min(side, *sides, len(mean)) ** len(sides), self._cosines.bands
+        side = max(1, round((len(mean) / channels) ** (1 / max(1, len(sides)))))
+        counts = channels * side ** len(sides), self._cosines.bands
         for name, values, count in zip(("data_mean", "data_spectrum"), (mean, spectrum), counts, strict=True):
             if len(values) != count:
                 raise ValueError(
