@@ -30,7 +30,10 @@ _FEWEST, _MOST, _VALUES = 100, 2000, 2**25  # the samples of which moments are m
 
 
 def take_sampler(net: ScoreNet, data: Data) -> None:
-    """Gives a network of pictures a recommended sampler if it has none, and a sampler with moments those of the data.
+    """Chooses the recommended sampler of a network of pictures that has none, and measures the moments of a sampler.
+
+    The moments in the settings of a network, such as one that a run begins with, are replaced by those of the data. Of
+    less than 100 samples they are not measured.
 
     Args:
         net: the network, with its units; only ``sampler_settings`` is changed.
