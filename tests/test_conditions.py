@@ -214,6 +214,25 @@ def test_training_with_a_class_and_a_vector(tmp_path):
     assert train(of_classes, pair, tmp_path / "classes", **options).conditioning.classes == 5
 
 
+def test_a_network_of_vectors_without_label_drop_must_be_given_one(tmp_path):
+    """Its null was never trained, and samples without a condition would look like samples."""
+    x, vectors = torch.randn(32, 2, generator=seed()), torch.randn(32, 3, generator=seed(1))
+    options = {"images": 128, "batch_size": 32, "progress": False}
+    for drop in (0.0, 0.3):
+        net = ScoreNet.mlp(2, width=8, depth=1, condition_features=3)
+        net = train(net, {"x": x, "condition": vectors}, tmp_path / str(drop), label_drop=drop, **options)
+        sampler = ODESampler(ScoreNet.from_pretrained(tmp_path / str(drop) / "network"), levels=3)
+        assert sampler.sample(2, condition=vectors[:2], progress=False).isfinite().all()
+        if drop:
+            assert sampler.sample(2, progress=False).isfinite().all()
+        else:
+            with pytest.raises(ValueError, match="this network takes a vector as its condition"):
+                sampler.sample(2, progress=False)
+            guided = ODESampler(classifier_free(net, 2.0), levels=3)
+            with pytest.raises(ValueError, match="Without label_drop in training"):
+                guided.sample(2, condition=vectors[:2], progress=False)
+
+
 @pytest.mark.slow
 def test_training_with_a_class_and_an_image(tmp_path):
     torch.manual_seed(0)

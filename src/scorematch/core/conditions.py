@@ -243,7 +243,8 @@ def _check_vectors(values: Tensor, wanted: str, takes: Condition) -> None:
     # A vector of NaN is none, for a network that was also trained without.
     wrong = first_where(values, lambda values: ~(values.isfinite() | (takes.null_class & _is_none(values))))
     if wrong is not None:
-        raise ValueError(f"this network takes {wanted}, of finite values, got {wrong}.")
+        hint = "" if takes.null_class else " Without label_drop in training it has no score without a condition."
+        raise ValueError(f"this network takes {wanted}, of finite values, got {wrong}.{hint}")
 
 
 def _is_none(values: Tensor) -> Tensor:

@@ -389,6 +389,12 @@ class VectorEmbedding(nn.Module):
         return torch.where(missing, self.null, embedded)
 
 
+def without_trained_null(backbone: nn.Module) -> bool:
+    """Whether a network of vectors was trained without ``label_drop``: the embedding of none is still zero."""
+    nulls = [module.null for module in backbone.modules() if isinstance(module, VectorEmbedding)]
+    return any(not null.is_meta and not null.any() for null in nulls)
+
+
 class AugmentationEmbedding(nn.Module):
     """Adds W c to the embedding of the noise level (N, width), where c (N, K) says how the images were augmented.
 

@@ -36,7 +36,7 @@ from scorematch.core.batches import as_sigma, check_data
 from scorematch.core.conditions import as_condition, rows_of
 from scorematch.core.precision import native_dtype, without_autocast
 from scorematch.core.scores import Given, NetworkScore
-from scorematch.nets.blocks import Attention
+from scorematch.nets.blocks import Attention, without_trained_null
 from scorematch.nets.family import Family, structure
 from scorematch.nets.precondition import ROWS, Coefficients, Preconditioning
 from scorematch.nets.space import Convolution
@@ -82,7 +82,8 @@ class InferenceScore(NetworkScore):
         units: the mean and the standard deviation of each channel of the data, or None.
         sample_shape: the shape of one sample, or None.
         sampler_settings: the sampler settings recommended for the network, or None.
-        conditioning: the condition that the network takes.
+        conditioning: the condition that the network takes, which must be given if it is a vector and the network was
+            trained without ``label_drop``.
         predicts_variance: whether ``score_and_variance`` can be called.
         preconditioning: that of the network.
         device: the device of the weights.
@@ -106,7 +107,8 @@ class InferenceScore(NetworkScore):
         self.sample_shape = sample_shape
         self.sampler_settings = sampler_settings
         self.predicts_variance = preconditioning.predicts_variance
-        self.conditioning = family.condition(backbone, predicts_variance=self.predicts_variance)
+        takes = family.condition(backbone, predicts_variance=self.predicts_variance)
+        self.conditioning = takes._replace(null_class=False) if without_trained_null(backbone) else takes
         self.device = next(backbone.parameters()).device
         self.preconditioning = preconditioning
         self._compiled = compile
