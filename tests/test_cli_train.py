@@ -163,9 +163,9 @@ def test_growing_announces_its_stages(faces, tmp_path, calls, monkeypatch, capsy
     assert len(calls[0][-1]["growth"]) == 2 and calls[0][-1]["hours"] is None
     assert calls[0][0].config["block_out_channels"] == [64, 128, 160]
 
-    for length, images in (("--hours", "1"), 360_000), (("--images", "80"), 80):  # too short for a second stage
+    for length, images in (("--hours", "0.5"), 180_000), (("--images", "80"), 80):  # too short for a second stage
         assert main([*growing, "--out", str(tmp_path / "short"), *length]) == 0
-        assert "images are few: samples of cifar10-small were noise" in capsys.readouterr().out
+        assert "images are few: samples of CIFAR-10 were noise" in capsys.readouterr().out
         net, *_, options = calls[-1]
         assert net.config["block_out_channels"] == [48, 96, 128]
         assert options["images"] == images and not options.get("growth")

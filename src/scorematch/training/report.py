@@ -27,8 +27,8 @@ from scorematch.training.steps import loss_arguments
 
 _SAMPLES, _VECTORS = 16, 512  # the number of samples in a picture of samples, and of vectors
 
-# The number of images after which cifar10-small drew objects, and the shortest side of pictures for which this is said.
-_MILESTONE, _SMALLEST = 400_000, 28
+# The number of images after which growing drew objects, and the shortest side of pictures for which this is said.
+_MILESTONE, _SMALLEST = 300_000, 28
 
 
 # -- Samples ----------------------------------------------------------------------------------------------------------
@@ -160,8 +160,8 @@ def expectation(images: int, seconds: float, shape: Sequence[int], start: object
     if start is not None or images >= _MILESTONE or not is_picture(shape) or min(shape[1:]) < _SMALLEST:
         return None
     return (
-        f"{images:,} images are few: samples of cifar10-small were noise after 80,000 images (Fréchet distance 226, "
-        f"that of a Gaussian 234), and had objects after {_MILESTONE:,} (110), which take "
+        f"{images:,} images are few: samples of CIFAR-10 were noise after 80,000 images (Fréchet distance 226, that of "
+        f"a Gaussian 234), and had objects after {_MILESTONE:,} with the recipe growing (84), which take "
         f"{_MILESTONE * seconds / 3600:.1f} hours at this speed."
     )
 
