@@ -370,6 +370,23 @@ def test_an_encoder_of_the_condition_is_trained_and_stored_with_the_network(seve
         net(x[:4], 0.3, {"features": signals[:4] + torch.tensor([torch.inf] + 7 * [0])})
 
 
+@pytest.mark.parametrize("image", [0, 2])
+def test_the_condition_of_an_encoder_has_units_of_its_own(image):
+    """Also if it has as many axes and channels as the data."""
+    torch.manual_seed(0)
+    encoder = Encoder()
+    net = ScoreNet.unet(1, (8,), **SMALL, condition_features=3, condition_encoder=encoder, condition_channels=image)
+    x, signals = 250 + 30 * torch.randn(16, 1, 8, generator=seed()), torch.randn(16, 1, 8, generator=seed(1))
+    parts = {"features": signals, "image": torch.randn(16, 2, 8, generator=seed(2))}
+    condition = parts if image else signals
+    net.fit_units(open_arrays((x, condition)))
+    taken = []
+    encoder.register_forward_pre_hook(lambda _, given: taken.append(given[0]))
+    net(x, 10.0, parts if image else {"features": signals})
+    net(x, 10.0, condition)
+    assert all(torch.equal(each, signals) for each in taken) and len(taken) == 2
+
+
 def test_an_encoder_needs_the_number_of_its_features():
     for build in (lambda **options: ScoreNet.mlp(2, **options), lambda **options: ScoreNet.unet(1, 8, **options)):
         with pytest.raises(ValueError, match="condition_encoder needs the number of its features"):
@@ -403,7 +420,7 @@ def test_images_of_data_are_standardized_and_changed_with_the_data(tmp_path, cap
     np.save(tmp_path / "short.npy", image[:3, :, :4].numpy())
     for value, message in (
         (tmp_path / "short.npy", "must have an image of shape (2, 8) for each sample, as "),
-        ("0.3,0.7", "must be a file .npz or .npy with the images that "),
+        ("0.3,0.7", "must be a file of arrays, such as .npz or .npy, with the images that "),
     ):
         assert message in refused([*sample[:2], tmp_path / "z.npz", *quiet, "--condition", value], capsys)
 

@@ -83,7 +83,7 @@ import torch
 from torch import Tensor, nn
 
 from scorematch.core.batches import per_image
-from scorematch.core.conditions import Parts, map_parts
+from scorematch.core.conditions import Parts
 from scorematch.core.messages import few
 from scorematch.core.schema import Field, check
 from scorematch.core.scores import check_score
@@ -447,8 +447,10 @@ class Preconditioning:
             (per_image(c_in, x) * u).to(inner),
             c_noise.to(torch.promote_types(inner, torch.float32)).expand(x.shape[0]),
         ]
-        if condition is not None:
-            arguments.append(map_parts(in_units, condition))
+        if isinstance(condition, dict):  # vectors, and what an encoder takes, have units of their own
+            arguments.append({name: in_units(part) if name == "image" else part for name, part in condition.items()})
+        elif condition is not None:
+            arguments.append(in_units(condition))
         output = self._checked(backbone(*arguments), x)
         channels = x.shape[1]
         score = per_image(c_skip, x) * u + per_image(c_out, x) * output[:, :channels].to(dtype)
