@@ -10,6 +10,7 @@ import torch
 
 from scorematch import ScoreNet
 from scorematch.evaluation import exact
+from scorematch.evaluation.subject import is_network
 from scorematch.restoration import JPEG, Mask, Matrix, Observation
 from scorematch.sampling import ODESampler
 from scorematch.training import gaussian, incomplete, train_from_observations
@@ -166,6 +167,7 @@ def whole(tmp_path_factory):
     net = train_from_observations(_net(), _holes(), folder, **SHORT)
     assert all(torch.equal(value, _load(folder)[name]) for name, value in net.state_dict().items())
     assert net.units.mean == pytest.approx((0, 3), abs=0.6)
+    assert is_network(folder) and ScoreNet.from_pretrained(folder).units == net.units
     return _result(folder)
 
 

@@ -106,7 +106,10 @@ def is_network(what: Any) -> bool:
         if isinstance(what, str) and cards.find(what) is not None:
             return True
         if path.is_dir():
-            return any((path / name).is_file() for name in (CONFIG_FILE, INDEX_FILE, f"unet/{CONFIG_FILE}"))
+            return any(
+                (path / name).is_file()
+                for name in (CONFIG_FILE, INDEX_FILE, f"unet/{CONFIG_FILE}", f"network/{CONFIG_FILE}")
+            )
         return path.suffix.lower() not in (*FILES, *ENDINGS)
     return isinstance(what, Sampler) or callable(what)
 

@@ -78,7 +78,7 @@ def _home(folder: Path) -> Path:
     own = "format_version" in config or "_class_name" in config
     if own and unet:
         raise ValueError(f"{folder} holds two networks, one in it and one in unet/. Move one into a folder of its own.")
-    return folder / "unet" if unet else folder / "network" if config and not own else folder
+    return folder / "unet" if unet else folder if own else folder / "network"
 
 
 class WithoutValues(TorchFunctionMode):
