@@ -51,6 +51,8 @@ def test_training_chooses_the_network_and_its_conditions(run, capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_levels")
 def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
+    import h5py
+
     sample = ["sample", str(run), *QUIET]
     assert main([*sample, str(tmp_path / "x.npz"), "-n", "5", "--condition", "0.3,0.7"]) == 0
     printed = capsys.readouterr().out
@@ -64,6 +66,11 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
     assert np.allclose(written["condition"], condition.expand(5, 2)) and 150 < written["x"].mean() < 350
     assert main([*sample, "--out", str(tmp_path / "y.npy"), "-n", "5", "--condition", str(tmp_path / "x.npz")]) == 0
     assert np.array_equal(np.load(tmp_path / "y.npy"), written["x"])  # one vector for each sample
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["condition"] = written["condition"].astype(">f8")
+    command = [*sample, "--out", str(tmp_path / "y.npy"), "--overwrite", "--condition", str(tmp_path / "x.h5")]
+    assert main(command) == 0
+    assert np.array_equal(np.load(tmp_path / "y.npy"), written["x"])
     assert (
         main([*sample, "--out", str(tmp_path / "many"), "-n", "5", "--condition", "0.3,0.7", "--batch-size", "4"]) == 0
     )
@@ -77,6 +84,10 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
     ("arguments", "message"),
     [
         (("x.npz", "--condition", "0.3"), r"--condition must have 2 values for each sample.*got shape \(1, 1\)"),
+        (("x.npz", "--condition", "-0.3"), r"--condition must have 2 values for each sample.*got shape \(1, 1\)"),
+        (("x.npz", "--condition", "-0.3,0,1"), r"--condition must have 2 values for each sample.*got shape \(1, 3\)"),
+        (("x.npz", "--condition", "DAMAGED.npy"), "DAMAGED.npy cannot be read as an .npy file"),
+        (("x.npz", "--condition", "OTHER.h5"), "OTHER.h5 must have the array condition, but has no condition"),
         (("x.npz", "--condition", "0.3,nan"), r"--condition must be finite, .* the first at \[0, 1\]"),
         (("x.npz", "--condition", "a"), "--condition must be numbers, such as 0.3,0.7, or a file .* got 'a'"),
         (("x.npz", "--class", "1"), "--class is for class-conditional networks"),
@@ -85,7 +96,13 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
         (("x.png", "--columns", "2"), "--columns is for pictures, and .* draws other data"),
     ],
 )
-def test_bad_options_of_sample_are_refused(run, tmp_path, capsys, arguments, message):
+def test_bad_options_of_sample_are_refused(run, tmp_path, capsys, monkeypatch, arguments, message):
+    import h5py
+
+    monkeypatch.chdir(tmp_path)
+    np.save("DAMAGED.npy", np.array([{}]), allow_pickle=True)
+    with h5py.File("OTHER.h5", "w") as file:
+        file["a"] = file["b"] = np.zeros((2, 2))
     name, *options = arguments
     command = ["sample", str(run), str(tmp_path / name), *options, *QUIET]
     assert re.search(message, refused(command, capsys, unprinted="network calls"))

@@ -14,6 +14,7 @@ import importlib
 import io
 import os
 import pkgutil
+import re
 import shlex
 import signal
 import sys
@@ -40,6 +41,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # as in Python 3.14, for --condition -0.3,0.7
         self.set_defaults(parser=self)
 
     def parse_known_args(  # type: ignore[override]

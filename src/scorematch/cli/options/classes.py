@@ -17,7 +17,7 @@ from scorematch.cli.options.values import amount, filled
 from scorematch.core.conditions import Parts
 from scorematch.core.messages import about, quote
 from scorematch.core.scores import attribute
-from scorematch.data.array_data import Archive, check_finite
+from scorematch.data.array_data import FILES, check_finite
 from scorematch.guidance import GuidedScore, classifier_free
 from scorematch.sampling.bulk import Classes, Rule
 from scorematch.score import ScoreNet
@@ -92,9 +92,10 @@ def add_condition(parser: argparse.ArgumentParser) -> None:
         "--condition",
         type=filled,
         metavar="VALUES",
-        help="for a network that takes a vector: its values for all samples, such as 0.3,0.7; or a file .npz (with the "
-        "array condition) or .npy with one vector, or for a network that takes an image one image, for each sample. "
-        "For a network that takes both the file has the vectors as condition, and the array image",
+        help="for a network that takes a vector: its values for all samples, such as 0.3,0.7; or a file of arrays, "
+        "such as .npy or .npz (with the array condition), with one vector, or for a network that takes an image one "
+        "image, for each sample. For a network that takes both the file has the vectors as condition, and the array "
+        "image",
     )
 
 
@@ -128,18 +129,20 @@ def find_condition(
             f"--condition is for networks that take a vector or an image, and {args.model} does not.{instead}"
         )
     path = Path(text).expanduser()
-    if path.suffix.lower() in (".npz", ".npy"):
+    if path.suffix.lower() in FILES:
         found = _of_file(path, tuple(wanted))
     elif "image" in wanted:
         raise ValueError(
-            f"--condition must be a file .npz or .npy with the images that {args.model} takes, got {quote(text)}."
+            f"--condition must be a file of arrays, such as .npz or .npy, with the images that {args.model} takes, got "
+            f"{quote(text)}."
         )
     else:
         try:
             found = {"features": torch.tensor([[float(word) for word in text.split(",")]])}
         except ValueError as error:
             raise ValueError(
-                f"--condition must be numbers, such as 0.3,0.7, or a file .npz or .npy, got {quote(text)}."
+                "--condition must be numbers, such as 0.3,0.7, or a file of arrays, such as .npz or .npy, got "
+                f"{quote(text)}."
             ) from error
     for name, values in found.items():
         if values.shape[1:] != wanted[name]:
@@ -153,17 +156,14 @@ def find_condition(
 
 def _of_file(path: Path, wanted: Sequence[str]) -> Parts:
     """The parts of a condition in a file; those of a vector and an image are ``condition`` and ``image``."""
-    if path.suffix.lower() == ".npy":
-        arrays: Mapping[str, Any] = {"condition": np.load(path, allow_pickle=False)}
-    else:
-        arrays = Archive(path)
+    opened = FILES[path.suffix.lower()](path)
+    arrays: Mapping[str, Any] = opened if isinstance(opened, Mapping) else {"condition": opened}
     names = {"features": "condition", "image": "image"}
     if len(wanted) == 1:
         names = {wanted[0]: "condition" if "condition" in arrays or len(arrays) != 1 else next(iter(arrays))}
-    elif missing := sorted(set(names.values()) - set(arrays)):
-        raise ValueError(
-            f"{path} must have the vectors as condition and the array image, but has no {' and no '.join(missing)}."
-        )
+    if missing := sorted(set(names.values()) - set(arrays)):
+        both = "the vectors as condition and the array image" if len(names) > 1 else "the array condition"
+        raise ValueError(f"{path} must have {both}, but has no {' and no '.join(missing)}.")
     with about(path):
         return {part: torch.from_numpy(np.array(arrays[name], np.float32)) for part, name in names.items()}
 
