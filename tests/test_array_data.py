@@ -211,6 +211,16 @@ def _nan(row):
 X, CONDITION = signals()
 
 
+class Uneven:
+    """A Dataset in which one signal is shorter."""
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, i):
+        return X[i, :, : 11 if i == 3 else 12]
+
+
 @pytest.mark.parametrize(
     ("options", "data", "settings", "message"),
     [
@@ -220,6 +230,9 @@ X, CONDITION = signals()
         ({}, X.int(), {}, r"x must be floating point, got int32. Write x.astype\(np.float32\) for data that are not"),
         ({}, X[:, 0], {}, r"sample_shape, \(2, 12\), got \(12,\)"),
         ({}, torch.cat([X[:, :1], 0 * X[:, :1] + 0.1], 1), {}, "channel 1 of data is constant. Leave it out"),
+        ({}, X.double() + 1e12, {}, "channel 0 of data is constant. Leave it out, or if it varies, but not in float32"),
+        ({}, X.double() + 1e8, {}, r"mean of channel 0 of data must be at most 100000 standard.*Write x - x.mean\(\)"),
+        ({}, Uneven(), {}, r"x of all items of the Uneven must have one shape, got \(2, 11\) and \(2, 12\)"),
         ({}, (X, CONDITION), {}, "a vector of 3 values .* which the network does not take. Build it with condition_fe"),
         ({"condition_features": 3}, X, {}, r"takes a vector of 3 values .*, got none. Pass a pair \(x, condition\)"),
         ({"condition_features": 2}, (X, CONDITION), {}, r"takes a vector of 2 .*, got torch.float32 of shape \(3,\)"),
@@ -248,9 +261,17 @@ def test_data_outside_of_the_range_raise(tmp_path):
 def test_a_mapping_without_a_single_array_raises():
     with pytest.raises(TypeError, match="data must be an array"):
         open_arrays({"a": X, "b": X})
+    with pytest.raises(FileNotFoundError, match=r"x\.npz does not exist"):
+        open_arrays("x.npz")
     with pytest.raises(ValueError, match="there is no array 'c'; the names are 'a'"):
         open_arrays({"a": X}, key="c")
     assert open_arrays({"a": X, "b": X}, key="b").shape == (2, 12)
+
+
+def test_a_folder_that_is_not_zarr_raises(tmp_path):
+    (tmp_path / "x.zarr").mkdir()
+    with pytest.raises(ValueError, match=r"x\.zarr cannot be read as a folder of zarr"):
+        open_arrays(tmp_path / "x.zarr")
 
 
 def test_a_table_is_its_values():

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from scorematch.core.batches import is_outside
 from scorematch.core.conditions import Parts, rows_of
-from scorematch.core.messages import about, few, plain, quote
+from scorematch.core.messages import about, few, plain, quote, reason
 from scorematch.core.records import hash_of, hash_of_bytes
 from scorematch.data.arrays import array_names, map_array
 from scorematch.data.memory import class_numbers, to_array
@@ -166,21 +166,25 @@ class _ItemData(ArrayData):
     def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | Parts | None]:
         items = [self.dataset[int(i)] for i in indices]
         pairs = [item if isinstance(item, tuple | list) else (item, None) for item in items]
-        x = torch.from_numpy(np.stack([np.asarray(to_array(pair[0]), np.float32) for pair in pairs]))
-        first = pairs[0][1]
+        x, first = self._stacked("x", [pair[0] for pair in pairs]).float(), pairs[0][1]
         if isinstance(first, Mapping):
-            return x, {name: _stacked([pair[1][name] for pair in pairs]) for name in first}
-        return x, None if first is None else _stacked([pair[1] for pair in pairs])
+            return x, {name: self._stacked(name, [pair[1][name] for pair in pairs]) for name in first}
+        return x, None if first is None else self._stacked("the condition", [pair[1] for pair in pairs])
+
+    def _stacked(self, part: str, values: Sequence[Any]) -> Tensor:
+        arrays = list(map(to_array, values))
+        shapes = sorted({array.shape for array in arrays})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{part} of all items of {self.name} must have one shape, got {shapes[0]} and {shapes[1]}."
+            )
+        stacked = torch.from_numpy(np.stack(arrays))
+        return stacked.float() if stacked.is_floating_point() else stacked.long()
 
 
 def has_sides(condition: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether a condition (N, K, ...) is an image with the sides of samples of a shape (C, ...)."""
     return condition.is_floating_point() and len(shape) > 1 and condition.shape[2:] == shape[1:]
-
-
-def _stacked(values: Sequence[Any]) -> Tensor:
-    condition = torch.from_numpy(np.stack([to_array(value) for value in values]))
-    return condition.float() if condition.is_floating_point() else condition.long()
 
 
 _LEARN_FROM_GAPS = (
@@ -232,6 +236,8 @@ def open_arrays(data: Any, *, key: str | None = None, condition_key: str | None 
     """
     opened = find_arrays(data, key=key, condition_key=condition_key, pictures=False)
     if opened is None:
+        if isinstance(data, str | os.PathLike) and not Path(data).expanduser().exists():
+            raise FileNotFoundError(f"{data} does not exist.")
         raise TypeError(
             f"data must be an array (N, C, ...) or (N, D), a pair (x, condition), the file of one, or a Dataset, got "
             f"{type(data).__name__}."
@@ -434,7 +440,10 @@ def _zarr(path: Path) -> Any:
         import zarr
     except ImportError as error:
         raise ImportError(f'reading {path} needs zarr: pip install "scorematch[arrays]".') from error
-    opened: Any = zarr.open(str(path), mode="r")
+    try:
+        opened: Any = zarr.open(str(path), mode="r")
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a folder of zarr: {reason(error)}.") from error
     return opened if _is_array(opened) else dict(opened.arrays())
 
 

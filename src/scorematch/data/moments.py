@@ -23,6 +23,7 @@ from scorematch.data.array_data import check_finite
 from scorematch.data.images import Data
 
 _VALUES = 2**22  # in memory at once
+_FARTHEST = 1e5  # the mean, in standard deviations: float32 rounds the values to 0.01 of one there
 _LOW, _HIGH = 1e-12, 1e9  # of standard deviations; what restorations and losses compute is in float32
 
 
@@ -64,7 +65,10 @@ class _Sum:
     def moments(self) -> Moments:
         constant = self.low == self.high
         if bool(constant.any()):
-            raise ValueError(f"{self.part} {int(constant.nonzero()[0])} of {self.name} is constant. Leave it out.")
+            raise ValueError(
+                f"{self.part} {int(constant.nonzero()[0])} of {self.name} is constant. Leave it out, or if it varies, "
+                "but not in float32, take other units, such as x - x.mean()."
+            )
         std = (self.squares / (self.n - 1)).sqrt()
         beyond = (std < _LOW) | (std > _HIGH)
         if bool(beyond.any()):
@@ -72,6 +76,13 @@ class _Sum:
             raise ValueError(
                 f"{self.part} {i} of {self.name} must have a standard deviation from {_LOW:g} to {_HIGH:g}, got "
                 f"{float(std[i]):.3g}. Take other units, such as x / {float(std[i]):.0e}."
+            )
+        coarse = self.mean.abs() > _FARTHEST * std
+        if bool(coarse.any()):
+            i = int(coarse.nonzero()[0])
+            raise ValueError(
+                f"the mean of {self.part} {i} of {self.name} must be at most {_FARTHEST:g} standard deviations, got "
+                f"{float(self.mean[i] / std[i]):.3g}: float32 rounds such values. Write x - x.mean(), in float64."
             )
         return Moments(self.mean, std, self.low, self.high)
 
@@ -92,7 +103,7 @@ def moments(
 
     Raises:
         ValueError: if the data have NaN or infinite values, or a channel or a value that is constant, or whose
-            deviation is too small or too large for float32.
+            deviation is too small or too large for float32, or too small for its mean.
     """
     found = _Sum("data", "channel", data=True)
     others = {"features": _Sum("condition", "value"), "image": _Sum("condition", "channel")}
