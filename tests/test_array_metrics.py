@@ -169,6 +169,11 @@ def test_the_command_prints_and_refuses(tmp_path, capsys):
         evaluate(fields(9), fields(9), metrics="inception-score", progress=False)
     with pytest.raises(ValueError, match=r"must have the shape of the reference, \(2, 8\), got \(2, 7\)"):
         evaluate(fields(9)[..., 1:], fields(9), progress=False)
+    gaps = tmp_path / "gaps.npy"
+    np.save(gaps, torch.where(torch.arange(8) == 3, torch.nan, fields(9)).numpy())
+    for sets, name in ((gaps, fields(9)), "samples"), ((fields(9), gaps), "reference"):
+        with pytest.raises(ValueError, match=rf"the {name} must be finite, but 9 of 9 samples .* first at \[0, 0, 3\]"):
+            evaluate(*sets, metrics="energy", progress=False)
     pictures = 2 * torch.rand(9, 1, 8, 8, generator=seed(0)) - 1
     with pytest.raises(ValueError, match=r"must have values in \[0, 1\]"):
         evaluate(pictures, pictures, progress=False)

@@ -638,7 +638,7 @@ def test_restore_writes_the_uncertainty(folder, pictures, tmp_path, capsys):
     row, column = 32 * (most // 2) + 16, 32 * (most % 2) + 16
     assert shown[:, row, column].tolist() == pytest.approx([1, 1, 224 / 255])
     error = refused(_restore_options(folder, pictures, tmp_path / "one", *options, "-n", "1"), capsys)
-    assert "--uncertainty needs several restorations of each picture, got -n 1. Write -n 20." in error
+    assert "--uncertainty needs several restorations, got -n 1. Write -n 20." in error
 
 
 @pytest.mark.slow

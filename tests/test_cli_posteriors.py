@@ -100,6 +100,11 @@ def test_signals_fields_and_volumes(shape, tmp_path):
     ("name", "options", "message"),
     [
         ("whole.npy", (), "neither gaps nor noise. Write what was done to them, --operator, or their noise, --sigma"),
+        (
+            "gaps.npy",
+            ("--sigma", "1", "-n", "1", "--uncertainty"),
+            "--uncertainty needs several restorations, got -n 1",
+        ),
         ("gaps.npy", ("--resize", "--sigma", "1"), "--resize is for pictures"),
         ("gaps.npy", ("--degrade", "--sigma", "1"), "--degrade needs the damage. Add --operator"),
         ("gaps.npy", ("--sigma", "1", "--condition", "0.1"), "--condition must have 3 values"),

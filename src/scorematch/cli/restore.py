@@ -155,14 +155,14 @@ def _crop(text: str) -> str | tuple[int, ...]:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.uncertainty and args.n < 2:
+        raise ValueError(f"--uncertainty needs several restorations, got -n {args.n}. Write -n 20.")
     if Path(args.pictures).suffix.lower() in ENDINGS:
         restore_arrays(args)
         return
     if args.operator is None:
         args.parser.error("the following arguments are required: --operator")
     refuse(args, ["condition"], "is for arrays")
-    if args.uncertainty and args.n < 2:
-        raise ValueError(f"--uncertainty needs several restorations of each picture, got -n {args.n}. Write -n 20.")
     operator, paths, folder = as_operator(read_operator(args.operator)), list_pictures(args.pictures), args.folder
     _check_folder(args, folder, paths)
     if Path(args.pictures).expanduser().resolve() == folder.resolve():

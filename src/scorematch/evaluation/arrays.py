@@ -26,7 +26,7 @@ from scorematch.core.files import write_whole
 from scorematch.core.processes import gathered
 from scorematch.core.randomness import seed_of
 from scorematch.core.scores import attribute
-from scorematch.data.array_data import ArrayData, find_arrays
+from scorematch.data.array_data import ArrayData, check_finite, find_arrays
 from scorematch.data.pictures import is_picture
 from scorematch.evaluation.estimate import Estimate
 from scorematch.evaluation.features import Extracted, Extractor
@@ -89,6 +89,7 @@ class ArrayEvaluator:
         self.data, self._named = data, metrics is not None
         self.metrics = default_metrics("arrays") if metrics is None else tuple(metrics)
         reference = values_of(data)
+        check_finite(reference, "the reference", data=False)
         std, mean = torch.std_mean(reference.double().transpose(0, 1).flatten(1), 1)
         shape = (-1, *[1] * (reference.ndim - 2))
         self._mean, self._std = mean.view(shape), torch.where(std > 0, std, 1).view(shape)
@@ -133,6 +134,7 @@ class ArrayEvaluator:
     def measure(self, samples: Tensor) -> dict[str, Estimate]:
         """The figures of samples (n, C, ...) that can be measured, by name; ``gathered_values`` joins batches."""
         self._check_shape(samples.shape[1:])
+        check_finite(samples, "the samples", data=False)
         return self._measure(self._standard(samples), self.reference)
 
     def floor(self, n: int, seed: int) -> tuple[int, dict[str, Estimate]]:
