@@ -19,6 +19,7 @@ def folder(tmp_path_factory):
     """A prior of vectors with the mean and the deviation above, and measurements with gaps."""
     folder = tmp_path_factory.mktemp("arrays")
     net = ScoreNet.mlp(2, width=8, depth=1, condition_features=3)
+    net.backbone.condition_embedding.null.data.fill_(0.1)  # as if trained with label_drop
     net.units = Units(tuple(MEAN), tuple(STD))
     net.schedule = net.schedule.geometric(300, 0.1, 60)
     net.save_pretrained(folder / "net")
