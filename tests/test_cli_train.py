@@ -500,6 +500,27 @@ def test_the_network_to_begin_with_gets_the_classes_of_the_data(tmp_path, calls,
     assert (calls[1][-1]["images"], calls[1][-1]["lr"]) == (8, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("network", "features", "kept"),
+    [
+        ({"classes": 2}, 3, "none of its 2 classes are kept, the vector of its condition is new"),
+        ({"condition_features": 2}, 3, "the vector of its condition is new"),
+        ({"condition_features": 2}, 0, "its condition is left out"),
+        ({"condition_features": 3}, 3, None),
+    ],
+)
+def test_the_network_to_begin_with_gets_the_vectors_of_arrays(tmp_path, calls, rng, network, features, kept, capsys):
+    ScoreNet.unet(3, 8, widths=(4,), layers_per_block=1, **network).save_pretrained(tmp_path / "network")
+    vectors = {"condition": np.ones((5, features))} if features else {}
+    np.savez(tmp_path / "x.npz", x=torch.rand(5, 3, 8, 8, generator=rng).numpy(), **vectors)
+    arguments = ["train", tmp_path / "x.npz", "--out", tmp_path / "run", "--start", tmp_path / "network"]
+    assert main([*map(str, arguments), "--device", "cpu", "--quiet"]) == 0
+    takes = calls[0][0].conditioning
+    assert (takes.vector, takes.classes) == (features, None)
+    end = "" if kept is None else f"; {kept}"
+    assert f"begins with the weights of {tmp_path / 'network'}{end}\n" in capsys.readouterr().out
+
+
 def test_a_network_that_takes_no_classes_begins_without_labels(faces, tmp_path, rng, capsys):
     ScoreNet.ncsnv2(3, 8, width=8).save_pretrained(tmp_path / "network")
     _pictures(tmp_path / "pets" / "cow", 2, rng)

@@ -28,7 +28,7 @@ from scorematch.nets.family import check_size
 from scorematch.nets.reconditioning import difference
 from scorematch.nets.space import PADDINGS
 from scorematch.pretrained import load, locate
-from scorematch.pretrained.configuration import Stored
+from scorematch.pretrained.configuration import Stored, architecture
 from scorematch.score import ScoreNet
 from scorematch.training import RECIPES, Recipe, Settings, checkpoint, network_for, train, train_from_observations
 from scorematch.training.checks import check_stages
@@ -332,27 +332,38 @@ def _network(
             size = data.shape[1], data.shape[2]
             net = recipe.build(data.shape[0], size, classes=classes, null_class=settings.label_drop > 0)
     else:
-        net = _with_classes(args, start, data, null_class=settings.label_drop > 0)
+        net = _with_condition(args, start, data, settings)
         assert start.sample_shape is not None  # noqa: S101  (_open checks it)
         net.sample_shape = (start.sample_shape[0], *data.shape[1:])  # its convolutions take other sizes, too
         check_size(net.backbone, data.shape[1:])
     return net
 
 
-def _with_classes(args: argparse.Namespace, start: ScoreNet, data: ImageData, *, null_class: bool) -> ScoreNet:
-    """The network of ``--start`` with the classes of the data, or without classes."""
-    takes, classes = start.conditioning, data.classes
-    if classes is None and (takes is None or takes.classes is None):
+def _with_condition(
+    args: argparse.Namespace, start: ScoreNet, data: ImageData | ArrayData, settings: Settings
+) -> ScoreNet:
+    """The network of ``--start`` with the classes and the vectors of the data as its condition, if there are any."""
+    takes, classes = start.conditioning, data.classes if args.labels else None
+    features = data.features if isinstance(data, ArrayData) else 0
+    if takes is None or takes.encoder or not (takes.classes or takes.vector or features or classes):
         return start
+    assert start.family is not None  # noqa: S101  (load_network checks it)
     now = {**start.config, "num_class_embeds": None, "null_class": False, "class_names": None}
+    now["condition_features"] = features
     if classes is not None:
-        assert start.family is not None  # noqa: S101  (load_network checks it)
         if "num_class_embeds" not in start.family.keys:
             raise ValueError(f"the network {args.start} cannot take classes. Leave out --labels.")
         names = None if classes == tuple(map(str, range(len(classes)))) else list(classes)
-        now |= {"num_class_embeds": len(classes), "null_class": null_class, "class_names": names}
+        now |= {"num_class_embeds": len(classes), "null_class": settings.label_drop > 0, "class_names": names}
+    own: dict[str, torch.Tensor] = {}
+    if features:  # its embedding is new, unless it has the same length
+        keys = {key: value for key, value in architecture(as_stored(now)).items() if key != "family"}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            build = start.family.build
+            own = build(keys, levels=len(start.schedule), precondition=start.precondition).state_dict()
     stored = Stored(as_stored(start.config), start.backbone.state_dict(), args.start)
-    return ScoreNet.from_stored(with_condition(stored, now))
+    return ScoreNet.from_stored(with_condition(stored, now, own))
 
 
 def _network_of_arrays(
@@ -370,7 +381,7 @@ def _network_of_arrays(
         if start.sample_shape is not None and len(data.shape) > 1:
             check_size(start.backbone, data.shape[1:])
             start.sample_shape = (start.sample_shape[0], *data.shape[1:])
-        return start
+        return _with_condition(args, start, data, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return _network_for(
