@@ -342,6 +342,8 @@ def test_color_pictures_are_drawn_in_few_calls_with_their_moments():
 
     take_sampler(net, open_images(pictures[:99]))  # too few to measure
     assert net.sampler_settings == before
+    take_sampler(net, open_images(pictures[:99, :, :4, :4]))  # and of another size
+    assert len(recommended_sampler(net)) == 18 and not net.sampler_settings.alternatives
     net.sampler_settings = SamplerSettings("ancestral", levels=5, alternatives=[before.alone()])
     take_sampler(net, open_images(1 - pictures))
     first, (few,) = net.sampler_settings, net.sampler_settings.alternatives

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from scorematch.core.conditions import takes_image
+from scorematch.core.cosines import Cosines
 from scorematch.core.scores import variance_of
 from scorematch.data import ArrayData
 from scorematch.data.images import Data
@@ -33,7 +34,7 @@ def take_sampler(net: ScoreNet, data: Data) -> None:
     """Chooses the recommended sampler of a network of pictures that has none, and measures the moments of a sampler.
 
     The moments in the settings of a network, such as one that a run begins with, are replaced by those of the data. Of
-    less than 100 samples they are not measured.
+    less than 100 samples they are not measured, and a sampler with those of another size is left out.
 
     Args:
         net: the network, with its units; only ``sampler_settings`` is changed.
@@ -45,7 +46,10 @@ def take_sampler(net: ScoreNet, data: Data) -> None:
         net.sampler_settings = _few(net, moments) if moments else _EIGHT
     elif settings is not None and any("data_mean" in each.options for each in (settings, *settings.alternatives)):
         moments = _moments(net, data)
-        first, *others = (_measured(each, moments) for each in (settings, *settings.alternatives))
+        bands = Cosines(torch.zeros(1, *data.shape)).bands
+        measured = [_measured(each, moments) for each in (settings, *settings.alternatives)]
+        fitting = [each for each in measured if len(each.options.get("data_spectrum", ())) in (0, bands)]
+        first, *others = fitting or [_MANY]
         net.sampler_settings = first.alone(others)
 
 
