@@ -329,6 +329,14 @@ def test_a_photograph_is_no_mask(tmp_path):
         read_mask(tmp_path / "photo.png")
 
 
+def test_a_mask_of_the_numbers_0_and_1_is_not_black(tmp_path):
+    Image.fromarray(SEEN.numpy().astype(np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=r"the brightest pixel of .*mask\.png has 0\.39 % of white\. Write 255"):
+        read_mask(tmp_path / "mask.png")
+    Image.new("L", (4, 4)).save(tmp_path / "black.png")
+    assert not read_mask(tmp_path / "black.png").any()
+
+
 def test_a_truncated_picture_raises(tmp_path):
     save_image(torch.rand(3, 64, 64), tmp_path / "whole.png")
     (tmp_path / "part.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])

@@ -317,7 +317,8 @@ def read_mask(path: str | os.PathLike[str]) -> Tensor:
 
     Raises:
         ImportError: without Pillow.
-        ValueError: if more than half of the pixels are between a quarter and three quarters, as in a photograph.
+        ValueError: if more than half of the pixels are between a quarter and three quarters, as in a photograph; or if
+            some are brighter than black, but none is brighter than a quarter, as in a mask of the numbers 0 and 1.
         OSError: if the file does not exist or is not an image.
     """
     luma = read_image(path, 1)[0]
@@ -326,6 +327,12 @@ def read_mask(path: str | os.PathLike[str]) -> Tensor:
         raise ValueError(
             f"a mask must be black and white, but {undecided} of the {luma.numel()} pixels of {os.fspath(path)} are "
             "neither dark nor bright. Paint it white where the picture is observed, and black elsewhere."
+        )
+    brightest = float(luma.max())
+    if 0 < brightest <= 0.25:  # such as a mask of the numbers 0 and 1
+        raise ValueError(
+            f"a mask must be black and white, but the brightest pixel of {os.fspath(path)} has {100 * brightest:.2g} % "
+            "of white. Write 255 in place of 1 where the picture is observed."
         )
     if undecided:
         warnings.warn(
