@@ -134,6 +134,8 @@ def test_options_cannot_be_abbreviated(name, capsys):
         (["sample", "mnist", "--gif", "x.png", "--seed", "1"], "picture", "x.png"),
         (["evaluate", "mnist", "--features", "pixels", "-n", "9", "digits"], "reference", "digits"),
         (["demo", "--port", "8000", "./net"], "model", "./net"),
+        (["restore", "mnist", "x.png", "out", "--crop", "-9,0,9,9"], "crop", (-9, 0, 9, 9)),  # and may be negative
+        (["sample", "mnist", "x.png", "--condition", "-.3,0.7"], "condition", "-.3,0.7"),
     ],
 )
 def test_options_may_precede_an_optional_argument(options, name, value):
