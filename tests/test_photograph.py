@@ -264,6 +264,7 @@ HOLE = _hole(40, 60)
         (Mask(HOLE), (40, 60), {"crop": "face"}, "crop must be center, celeba or"),
         (Mask(HOLE), (40, 60), {"crop": "center", "tile": True}, "crop is for a picture that is resized"),
         (AveragePool(2), (10, 12), {"crop": "center"}, "crop is not for pool:2. Crop the picture itself."),
+        (AveragePool(2), (6, 250), {}, "12x500 pixels is too long to be resized to 16x16. Crop the picture itself."),
         (AveragePool(2), (20, 20), {"tile": False}, "cannot enlarge a picture of 20x20, which is resized. Write tile"),
         (Grayscale(), (40, 40), {"feather": 3}, "feather is for a hole in a picture that is resized"),
         (Mask(torch.rand(90, 90) < 0.1), (90, 90), {}, "the known pixels are so far apart"),

@@ -296,7 +296,9 @@ class _Picture:
         own = f"{found}; images of {self._args.model} have {height}x{width} pixels in {own}"
         if photo.resized:
             part = f"{photo.box.height}x{photo.box.width} pixels at left {photo.box.left}, top {photo.box.top}"
-            return f"{own}: resized, {part} (--tile draws at full resolution, for networks of textures)"
+            tiles = photo.shape[1] >= height and photo.shape[2] >= width
+            also = " (--tile draws at full resolution, for networks of textures)" if tiles else ""
+            return f"{own}: resized, {part}{also}"
         side = (self._args.tile, self._args.tile) if self._args.tile else (height, width)
         return f"{own}: in tiles of {_size(side)} pixels" if photo.tile else own
 

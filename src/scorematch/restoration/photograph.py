@@ -235,7 +235,7 @@ class Photograph:
                 f"{argument('crop')} must be inside of the picture, which has {height}x{width} pixels, got "
                 f"{box.width}x{box.height} pixels at left {box.left}, top {box.top}."
             )
-        if self._pixels is None and self._y.shape[-2:] != self.shape[1:]:
+        if not self._can_be_cropped():
             raise ValueError(f"{argument('crop')} is not for {self._operator}. Crop the picture itself.")
         if self._pixels is not None and not self._pixels.luma:
             known = self._pixels.known[0].all(0)
@@ -247,6 +247,10 @@ class Photograph:
                     f"{outside} missing pixels are outside of {argument('crop')}. Move it, or leave it out."
                 )
         return box
+
+    def _can_be_cropped(self) -> bool:
+        """Whether the measurement of a part of the picture is a part of y."""
+        return self._pixels is not None or self._y.shape[-2:] == self.shape[1:]
 
     def _known(self, box: Box) -> float:
         """The share of a box that is known."""
@@ -273,10 +277,10 @@ class Photograph:
         scale = max(width / w, height / h)
         wide, tall = max(width, round(scale * w)), max(height, round(scale * h))
         if max(wide / width, tall / height) > _LONGEST:
+            part = f"Choose a part with {argument('crop')}" if self._can_be_cropped() else "Crop the picture itself"
             or_tile = f", or write {argument('tile', True)}" if height >= h and width >= w else ""
             raise ValueError(
-                f"a picture of {height}x{width} pixels is too long to be resized to {h}x{w}. Choose a part with "
-                f"{argument('crop')}{or_tile}."
+                f"a picture of {height}x{width} pixels is too long to be resized to {h}x{w}. {part}{or_tile}."
             )
         return Box((width - wide) // 2, (height - tall) // 2, wide, tall)
 
