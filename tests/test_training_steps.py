@@ -792,3 +792,16 @@ def test_a_backbone_of_ones_own_gets_the_labels_or_the_vectors_of_its_data(tmp_p
         train(net, (x, condition), tmp_path / str(len(x.shape)), progress=False, **options)
         x, condition = seen[0]
         assert torch.equal(x.flatten(1)[:, 0].argsort(), condition.reshape(8, -1)[:, 0].argsort())
+
+
+def test_a_backbone_that_cannot_take_the_condition_of_its_data_raises_before_anything_is_written(tmp_path):
+    class Own(torch.nn.Linear):
+        def forward(self, x, c_noise):
+            return super().forward(x)
+
+    net = ScoreNet(Own(2, 2), NoiseSchedule([1e-4]), sample_shape=(2,))
+    with pytest.raises(
+        ValueError, match=r"does not take x, the noise level and the condition .*\(self, x, sigma, cond"
+    ):
+        train(net, (torch.rand(16, 2), torch.rand(16, 3)), tmp_path / "run", progress=False, images=16, batch_size=8)
+    assert not (tmp_path / "run").exists()

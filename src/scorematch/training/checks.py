@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,16 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
             f"the data have a vector of {data.features} values as the condition of each sample, which the network "
             f"does not take. Build it with condition_features={data.features}, or leave out the condition."
         )
+    elif takes is None and settings.condition is None:
+        x, condition = data.read(torch.zeros(1, dtype=torch.int64, device="cpu"))
+        try:
+            inspect.signature(net.backbone.forward).bind(x, x, *([] if condition is None else [condition]))
+        except TypeError as error:
+            also = "" if condition is None else " and the condition of the data"
+            raise ValueError(
+                f"the backbone does not take x, the noise level{also}: {error}. Write forward(self, x, sigma, "
+                "condition=None) in its class."
+            ) from error
     if isinstance(data, ArrayData) and data.channels and takes is not None and not (takes.channels or takes.encoder):
         raise ValueError(
             f"the data have an image of {data.channels} channels as the condition of each sample, which the network "
