@@ -275,6 +275,21 @@ def test_bad_input_gives_one_clear_sentence(operator, y, options, message):
         Photograph(operator, _picture(*y, 1 if isinstance(operator, Grayscale) else 3), OWN, **options)
 
 
+@pytest.mark.parametrize(
+    ("y", "shape", "message"),
+    [
+        (torch.rand(3, 40, 60), OWN, r"y must be one picture, .* torch.float32 \(3, 40, 60\). Write y\[None\]"),
+        (torch.rand(2, 3, 40, 60), OWN, r"y must be one picture, .* got torch.float32 \(2, 3, 40, 60\)"),
+        (torch.ones(1, 3, 40, 60, dtype=torch.uint8), OWN, "got torch.uint8 .* y / 255 for 8-bit values"),
+        (255 * torch.ones(1, 3, 40, 60), OWN, r"y must have values in \[0, 1\], got values from 0 to 255"),
+        (torch.rand(1, 3, 40, 60), OWN[1:], r"shape must be that of the network's images, \(C, h, w\), got \(16, 16\)"),
+    ],
+)
+def test_a_picture_of_another_kind_gives_an_error(y, shape, message):
+    with pytest.raises(ValueError, match=message):
+        Photograph(Mask(HOLE), y, shape)
+
+
 # -- The command
 
 

@@ -37,10 +37,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d, pad
 
 from scorematch.core.arguments import argument, check_count
-from scorematch.data.pictures import CELEBA_SIDE
+from scorematch.data.pictures import CELEBA_SIDE, check_range
 from scorematch.restoration.linear import Linear
 from scorematch.restoration.observation import Observation
-from scorematch.restoration.operator import Operator
+from scorematch.restoration.operator import Operator, kind_of
 from scorematch.restoration.operators import Grayscale, Mask, Uncrop
 
 __all__ = ["Photograph"]
@@ -121,7 +121,8 @@ class Photograph:
         resized: whether it is resized.
 
     Raises:
-        ValueError: if the operator does not fit y, nothing is known or nothing is missing, or the sizes do not fit.
+        ValueError: if y is not one picture in [0, 1] or does not fit the operator, nothing is known or nothing is
+            missing, or the sizes do not fit.
 
     Example:
         >>> known = torch.ones(300, 400, dtype=torch.bool)
@@ -144,6 +145,13 @@ class Photograph:
         tile: bool | None = None,
         feather: int = 0,
     ) -> None:
+        if not isinstance(y, Tensor) or not y.is_floating_point() or len(y) != 1:
+            raise ValueError(
+                f"y must be one picture, a tensor (1, C, H, W), floating point in [0, 1], got {kind_of(y)}. Write "
+                "y[None] for (C, H, W), and y / 255 for 8-bit values."
+            )
+        if len(shape) != 3:
+            raise ValueError(f"shape must be that of the network's images, (C, h, w), got {tuple(shape)}.")
         operator = fitted(operator, y.shape[-2:])
         channels, *own = shape
         self._operator, self._y, self._own = operator, y, (own[0], own[1])
@@ -153,6 +161,8 @@ class Photograph:
         self.shape = (channels, int(size[0]), int(size[1]))
         if self._pixels is not None:
             self._pixels.check(operator)
+            if not sigma:  # noise may leave the range
+                check_range(self._pixels.values, "y")
         self.tile = self._needs_tiles() if tile is None else tile
         self.resized = not self.tile and self.shape[1:] != self._own
         if self._feather and not (self.resized and self._pixels is not None and not self._pixels.luma):
