@@ -40,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     from matplotlib.figure import Figure
 
-    examples, steps, n, draws = (100, 5, 4, 2) if args.smoke else (10_000, 2000, 512, 32)
+    examples, steps, n, draws = (100, 5, 4, 2) if args.smoke else (100_000, 5000, 512, 32)
     torch.manual_seed(0)
     slope = 1.5 + 3 * torch.rand(examples, 1)  # beyond 2 and 4: a network is least accurate at the ends
-    net = ScoreNet.unet(1, SIDE, widths=(32, 64), layers_per_block=1, padding="circular", patch=2, condition_features=1)
+    options = {"widths": (32, 64), "layers_per_block": 1, "padding": "circular", "patch": 2, "pixel_channels": 16}
+    net = ScoreNet.unet(1, SIDE, condition_features=1, **options)
     data = {"x": fields(slope), "condition": slope}
     net = train(net, data, args.out, images=32 * steps, batch_size=32, augment=["shift"], optimizer="muon", lr=0.01)
     figure = Figure(figsize=(12, 2.4), layout="constrained")
@@ -61,10 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     truth, known = fields(torch.full((1, 1), 3.0)), torch.ones(SIDE, SIDE, dtype=torch.bool)
     known[8:24, 8:24] = False
     observation = Observation(Mask(known), truth * known, sigma=0.02)
-    sampler = ODESampler(net, levels=32, method="heun")
-    filled = sampler.sample(
-        draws, condition=torch.full((draws, 1), 3.0), observation=observation, generator=0, progress=False
-    )
+    given = {"condition": torch.full((draws, 1), 3.0), "observation": observation}
+    filled = ODESampler(net, levels=32, method="heun").sample(draws, **given, generator=0, progress=False)
     found = summary(filled)
     error, deviation = found.errors(truth[0], ~known)
     print(f"in the gap: rmse of the mean {error:.3f}, deviation {deviation:.3f}, fields {truth.std():.3f}")
