@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.data import open_images
 from scorematch.nets.blocks import AugmentationEmbedding
 from scorematch.nets.inference import is_plain
 from scorematch.training import Settings, train, train_steps
 from scorematch.training.nonleaking import VALUES, changed, draw, told
+from scorematch.training.start import fine_tuning
 from tests.helpers import seed
 from tests.training import Memory, image_net
 
@@ -184,3 +186,10 @@ def test_changes_of_which_the_network_is_told_do_not_leak():
     assert error(last.state.average().denoise(noisy, 5.0).mean(0)) < 0.06
     numbers = torch.stack([draw(generator) for generator in [seed(6)] for _ in range(2000)])
     assert error(changed(blob.expand(2000, -1, -1, -1), numbers).mean(0)) > 0.15
+
+
+def test_a_start_with_few_pictures_augments_them():
+    net = ScoreNet.unet(1, 8, widths=(12,), layers_per_block=1)
+    for n, wanted in [(199, ("nonleaking",)), (200, None)]:
+        data = open_images(torch.zeros(n, 1, 8, 8, dtype=torch.uint8))
+        assert fine_tuning(net, data, Settings()).get("augment") == wanted
