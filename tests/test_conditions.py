@@ -253,7 +253,7 @@ def test_the_commands_take_a_class_and_a_vector(tmp_path, capsys):
     x = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
     np.savez(tmp_path / "x.npz", x=x, condition=np.random.default_rng(1).random((40, 3)), label=np.arange(40) % 5)
     run = str(tmp_path / "run")
-    options = ["--images", "64", "--batch-size", "32", "--label-drop", "0.1", *quiet]
+    options = ["--images", "256", "--batch-size", "32", "--label-drop", "0.1", *quiet]
     assert main(["train", str(tmp_path / "x.npz"), "--out", run, "--labels", *options]) == 0
     assert main(["info", run]) == 0
     assert "5 classes, 0 to 4, or no class; and a vector of 3 values" in capsys.readouterr().out
