@@ -28,14 +28,14 @@ _FREE = {"sample_shape", *FREE_KEYS}
 # Of a run without --recipe that begins with a trained network: epochs of the data, the fewest images, and the rate.
 _EPOCHS, _FEWEST, _RATE = 50, 20_000, 2e-4
 SMALL = 2_000  # images; of smaller data the report looks for copies
-_FEW = 200  # images; smaller data, which such a run sees more than a hundred times, are augmented without leaking
+_FEW = 100  # images; smaller data, which such a run sees more than 200 times, are augmented without leaking
 
 
 def fine_tuning(net: ScoreNet, data: Data, settings: Settings) -> dict[str, Any]:
     """The options of ``train`` with which a command trains a trained network further.
 
     A run has 50 epochs, but at least 20,000 images and at most those of ``settings``. The learning rate is a fifth of
-    that of a new network, and a batch is not larger than the data. Fewer than 200 pictures are augmented without
+    that of a new network, and a batch is not larger than the data. Fewer than 100 pictures are augmented without
     leaking, if the network can be told.
     """
     images = min(max(_EPOCHS * len(data), _FEWEST), settings.images)
