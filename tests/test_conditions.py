@@ -214,7 +214,7 @@ def test_training_with_a_class_and_a_vector(tmp_path):
     assert train(of_classes, pair, tmp_path / "classes", **options).conditioning.classes == 5
 
 
-def test_a_network_of_vectors_without_label_drop_must_be_given_one(tmp_path):
+def test_a_network_of_vectors_without_label_drop_must_be_given_one(tmp_path, capsys):
     """Its null was never trained, and samples without a condition would look like samples."""
     x, vectors = torch.randn(32, 2, generator=seed()), torch.randn(32, 3, generator=seed(1))
     options = {"images": 128, "batch_size": 32, "progress": False}
@@ -231,6 +231,8 @@ def test_a_network_of_vectors_without_label_drop_must_be_given_one(tmp_path):
             guided = ODESampler(classifier_free(net, 2.0), levels=3)
             with pytest.raises(ValueError, match="Without label_drop in training"):
                 guided.sample(2, condition=vectors[:2], progress=False)
+            message = refused(["sample", tmp_path / str(drop), tmp_path / "x.npz", "--levels", "3", "--quiet"], capsys)
+            assert "float (N, 3): pass --condition=." in message
 
 
 @pytest.mark.slow

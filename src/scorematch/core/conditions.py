@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from scorematch.core.arguments import argument
 from scorematch.core.batches import first_where
 from scorematch.core.messages import quote
 from scorematch.core.scores import Given, attribute
@@ -214,7 +215,7 @@ def _as_part(given: Any, x: Tensor, name: str, takes: Condition) -> Tensor:
         if takes.null_class:
             return _null(takes, x)
         how = f'{{"{name}": ...}}' if several else ""
-        raise ValueError(f"this network takes {wanted}: pass condition={how}.")
+        raise ValueError(f"this network takes {wanted}: pass {argument('condition')}={how}.")
     values = torch.tensor(given, device="cpu") if isinstance(given, int) else given
     fits = values.is_floating_point() if takes.classes is None else values.dtype in (torch.int64, torch.int32)
     if not fits:
