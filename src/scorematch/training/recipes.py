@@ -250,14 +250,14 @@ def growing(side: int) -> Recipe:
 
     ======  ======================================================  ================================  ===============
     stage   network, 5.8, 6.5 and 7.9 million parameters (32 px)    learning rate, mean of the        share of the
-                                                                    levels (below 48 px, above)       images
+                                                                    levels (below 46 px, above)       images
     ======  ======================================================  ================================  ===============
     1       widths 64, 128, 160; one block per scale; attention     0.01; -1.2, -1.0                  30 %
             at the lowest; 16 channels at full resolution
     2       attention at all scales; 64 channels at full            0.007; -1.5, -1.3                 35 %
-            resolution (32 from 48 px on)
+            resolution (32 from 46 px on)
     3       two blocks at the upper scales; four blocks at full     0.007; -1.5, -1.3                 35 %
-            resolution instead of two (six from 48 px on)
+            resolution instead of two (six from 46 px on)
     ======  ======================================================  ================================  ===============
 
     Each stage has the optimizer Muon with a warm-up and a decay to zero, batches of 64, and averages of relative length
