@@ -268,6 +268,12 @@ HOLE = _hole(40, 60)
         (AveragePool(2), (20, 20), {"tile": False}, "cannot enlarge a picture of 20x20, which is resized. Write tile"),
         (Grayscale(), (40, 40), {"feather": 3}, "feather is for a hole in a picture that is resized"),
         (Mask(torch.rand(90, 90) < 0.1), (90, 90), {}, "the known pixels are so far apart"),
+        (
+            Mask((torch.arange(60) - 29.5).abs().expand(40, 60) > 20),
+            (40, 60),
+            {"crop": "center"},
+            "nothing of the part that is resized is observed",
+        ),
     ],
 )
 def test_bad_input_gives_one_clear_sentence(operator, y, options, message):

@@ -368,6 +368,8 @@ class _Pixels(NamedTuple):
         """R y: each pixel is the mean of what is known of it, and is known if that is at least half of it."""
         share = resized(self.known.to(self.values), size)
         known = share > 0.5 - 1e-3
+        if not bool(self.known.any()):
+            raise ValueError("nothing of the part that is resized is observed. Mark less of it as missing.")
         if not bool(known.any()):
             raise ValueError(
                 f"the known pixels are so far apart that no pixel is known at the size of the network. Write "
