@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
-from scorematch.cli import main
+from scorematch.cli import main, restore
 from scorematch.core.randomness import seed_of
 from scorematch.data import read_image, save_image
 from scorematch.data.pictures import fit_picture
@@ -317,6 +317,8 @@ def test_restore_takes_files_of_every_kind_and_says_what_it_leaves_out(folder, t
     Image.fromarray(x).convert("CMYK").save(tmp_path / "in" / "cmyk.tif")
     Image.fromarray(x).save(tmp_path / "in" / "moving.gif", save_all=True, append_images=[Image.fromarray(255 - x)])
     Image.fromarray(x).save(tmp_path / "in" / "plain.png")
+    Image.fromarray(np.dstack([x, x[..., 0]])).save(tmp_path / "in" / "clear.png")
+    Image.fromarray(x).convert("RGBA").save(tmp_path / "in" / "opaque.png")
     Image.fromarray(x[..., 0].astype(np.uint16) * 257).save(tmp_path / "in" / "deep.png")
     Image.fromarray(_hole(48, 80).numpy().astype(np.uint8) * 255).save(tmp_path / "mask.png")  # of twice the size
     operator = f"mask:{tmp_path}/mask.png"
@@ -324,15 +326,48 @@ def test_restore_takes_files_of_every_kind_and_says_what_it_leaves_out(folder, t
     lines = capsys.readouterr().out.splitlines()
     assert f"{tmp_path}/in/moving.gif: only the first of its 2 pictures is restored" in lines
     assert f"{tmp_path}/in/cmyk.tif: its colors are converted from CMYK to RGB" in lines
+    assert [line for line in lines if "transparent" in line] == [
+        f"{tmp_path}/in/clear.png: its transparent pixels count as black"
+    ]
     assert f"{tmp_path}/in/deep.png: its values are rounded to 8 bits in the files that are written" in lines
     size = (
         "the image to restore has 24x40 pixels in color; images of .* have 16x16 pixels in color: resized, 24x24 pixels"
     )
     assert len([line for line in lines if re.match(size, line)]) == 1
     known = Mask(_hole(48, 80)).of_size(24, 40).mask
-    for name in ("cmyk.tif", "deep.png", "moving.gif", "plain.png"):
+    for name in ("clear.png", "cmyk.tif", "deep.png", "moving.gif", "opaque.png", "plain.png"):
         given, found = read_image(tmp_path / "in" / name, 3), read_image(tmp_path / "out" / f"{name[:-4]}-1.png", 3)
         assert torch.equal(given[:, known], found[:, known])
+
+
+def test_a_folder_that_was_interrupted_is_continued(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        save_image(_picture(16, 16)[0], tmp_path / "in" / f"{name}.png")
+    out, saved = tmp_path / "out", []
+
+    def interrupted(image, path):
+        saved.append(path)
+        if path == out / "b-strip.png":
+            raise KeyboardInterrupt
+        save_image(image, path)
+
+    options = ("--operator", "gray", "--batch-size", "1")
+    command = _command(folder, tmp_path / "in", out, *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(restore, "save_image", interrupted)
+        assert main(command) == 130
+    continues = "scorematch: interrupted; add --skip-existing to continue with the other pictures\n"
+    assert capsys.readouterr().err == continues and (out / "b-1.png").exists()
+    before = (out / "a-1.png").stat()
+    assert main([*command, "--skip-existing"]) == 0
+    assert "1 of the 3 pictures are restored already\n" in capsys.readouterr().out
+    assert (out / "a-1.png").stat() == before
+    assert main(_command(folder, tmp_path / "in", tmp_path / "whole", *options)) == 0
+    both = [{path.name: path.read_bytes() for path in each.iterdir()} for each in (out, tmp_path / "whole")]
+    assert both[0] == both[1] and len(both[0]) == 6
+    assert main([*command, "--skip-existing"]) == 0
+    assert main(command) == 2
 
 
 @pytest.mark.parametrize("options", [("--resize",), ("--tile",), ("--tile", "20"), ("--crop", "4,0,20,20")])

@@ -126,8 +126,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if argv is None:  # the program ends now, and a second Ctrl-C would show a traceback of its last functions
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        continues = "; repeat the command to continue" if getattr(args, "out", None) is not None else ""
-        print(f"scorematch: interrupted{continues}", file=sys.stderr)
+        repeat = "" if getattr(args, "out", None) is None else "repeat the command to continue"
+        continues = getattr(args, "continues", repeat)
+        print(f"scorematch: interrupted{continues and f'; {continues}'}", file=sys.stderr)
         return 130
     return 0
 

@@ -152,6 +152,7 @@ def _run(args: argparse.Namespace) -> None:
     sampler = make_sampler(args, net, restore=method if restoring else None)
     n = args.n or DEFAULT_N
     if restoring:
+        args.continues = "the same command begins anew"
         announce(sampler, 0)
         images, reference = (args.reference, None) if args.data is None else (args.data, args.reference)
         options = given(args, ("n", "draws", "sigma", "truth", "labels"))

@@ -100,6 +100,11 @@ def add(commands: Commands) -> None:
         "many as have about a million values)",
     )
     add_overwrite(parser, "files that exist already")
+    parser.add_argument(
+        "--skip-existing",
+        action="store_true",
+        help="leave out the pictures of a folder that are restored already, to continue after an interruption",
+    )
     add_classes(parser, rules=False)
     add_condition(parser)
     add_sampling(
@@ -165,6 +170,14 @@ def _run(args: argparse.Namespace) -> None:
     refuse(args, ["condition"], "is for arrays")
     operator, paths, folder = as_operator(read_operator(args.operator)), list_pictures(args.pictures), args.folder
     _check_folder(args, folder, paths)
+    if args.skip_existing:
+        missing = [path for path in paths if not _strip(folder, path).exists()]
+        print(f"{len(paths) - len(missing)} of the {len(paths)} pictures are restored already")
+        paths = missing
+        if not paths:
+            return
+    if len(paths) > 1:
+        args.continues = "add --skip-existing to continue with the other pictures"
     if Path(args.pictures).expanduser().resolve() == folder.resolve():
         raise ValueError(f"the restorations would become pictures of the folder {folder}. Write to another folder.")
     net = load(args)
@@ -306,9 +319,11 @@ class _Picture:
         """Lines about what of the file is not used."""
         with open_picture(self.path) as file:
             frames, mode, deep = getattr(file, "n_frames", 1), file.mode, is_deep(file)
+            clear = file.has_transparency_data and file.convert("RGBA").getextrema()[3][0] < 255
         notes = {
             f"only the first of its {frames} pictures is restored": frames > 1,
             f"its colors are converted from {mode} to RGB": mode in _OTHER_COLORS,
+            "its transparent pixels count as black": clear,
             "its values are rounded to 8 bits in the files that are written": deep,
         }
         return [f"{self.path}: {note}" for note, true in notes.items() if true]
@@ -344,11 +359,12 @@ def _restore(args: argparse.Namespace, sampler: Sampler, pictures: list[_Picture
             pasted += [image] if args.uncertainty else []
         if picture.original is not None:
             strip.append(_shown(picture.original))
-        save_image(grid(torch.cat(strip), columns=len(strip)), folder / f"{picture.path.stem}-strip.png")
         if args.uncertainty:
             _summarize(torch.cat(pasted), folder, picture.path.stem)
+        # The last file, by which --skip-existing knows that the picture is restored.
+        save_image(grid(torch.cat(strip), columns=len(strip)), _strip(folder, picture.path))
         if note or not args.quiet:
-            print(f"{folder / f'{picture.path.stem}-strip.png'}{note}")
+            print(f"{_strip(folder, picture.path)}{note}")
 
 
 def _shown(image: Tensor) -> Tensor:
@@ -387,7 +403,12 @@ def _check_folder(args: argparse.Namespace, folder: Path, pictures: list[Path]) 
         results = [f"{name}.png" for name in (*range(1, args.n + 1), "strip")]
         if args.uncertainty:
             results += ["mean.png", "deviation.png", "uncertainty.npz"]
-        check_new((folder / f"{picture.stem}-{name}" for name in results), args.overwrite)
+        check_new((folder / f"{picture.stem}-{name}" for name in results), args.overwrite or args.skip_existing)
+
+
+def _strip(folder: Path, picture: Path) -> Path:
+    """The strip of a picture."""
+    return folder / f"{picture.stem}-strip.png"
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -29,7 +29,7 @@ from scorematch.sampling import ParticleSampler
 from scorematch.sampling.bulk import Job, prepared
 
 ENDINGS = (".npz", ".npy")
-_OF_PICTURES = ("resize", "tile", "crop", "feather", "strict")
+_OF_PICTURES = ("resize", "tile", "crop", "feather", "strict", "skip_existing")
 _TOGETHER = 64  # draws that are in memory of the network at once, unless more of one measurement are wanted
 
 
