@@ -406,9 +406,10 @@ def test_nothing_painted_gives_an_error(gray):
         next(events)
 
 
-def test_a_missing_seed_gives_an_error(gray):
-    events = Events(gray).restore(canvas(torch.zeros(1, 8, 8)), "pool", "2", 1, "langevin", 6, "replace", None, -1)
-    with pytest.raises(ValueError, match=r"the seed is missing: write a whole number, such as 0\."):
+@pytest.mark.parametrize("bad", [None, -1, 2**32])
+def test_a_bad_seed_gives_an_error(gray, bad):
+    events = Events(gray).restore(canvas(torch.zeros(1, 8, 8)), "pool", "2", 1, "langevin", 6, "replace", bad, -1)
+    with pytest.raises(ValueError, match=r"the seed must be a whole number from 0 to 4294967295, such as 0\."):
         next(events)
 
 

@@ -191,7 +191,7 @@ def test_lengths_of_averages_with_many_digits(tmp_path, ema):
 
 
 def test_reconstruct_of_a_folder_without_snapshots_raises(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no snapshots"):
+    with pytest.raises(FileNotFoundError, match=r"has no snapshots .* or of the stage since it has grown\. Runs with"):
         reconstruct(tmp_path, 0.1)
 
 

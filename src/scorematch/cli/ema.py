@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--images",
         type=image_count,
-        help="where the average ends, in images seen by the run (default: the last snapshot)",
+        help="where the average ends, in images seen by the run, or by its last stage (default: the last snapshot)",
     )
     parser.add_argument("--out", type=expanded, help="the folder to write (default: RUN/ema-LENGTH, such as ema-0.080)")
     add_overwrite(parser, "a network in the folder")

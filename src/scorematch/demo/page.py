@@ -265,8 +265,8 @@ class Events:
             photo: the uploaded picture of another size of which the canvas shows a part, or None. A painted part and
                 colors are restored in it.
         """
-        if seed is None:
-            raise ValueError("the seed is missing: write a whole number, such as 0.")
+        if seed is None or not 0 <= seed < 2**32:
+            raise ValueError(f"the seed must be a whole number from 0 to {2**32 - 1}, such as 0.")
         picture, hole = read_canvas(value, self.restorer.shape)
         if photo is not None and operator in ("mask", "gray"):
             picture, hole = photo, self.restorer.enlarged(hole, photo)
@@ -391,7 +391,7 @@ def build(restorer: Restorer, name: str) -> Any:
                     )
                     methods = [(f"{name}: {method.help} ({method.cost})", name) for name, method in METHODS.items()]
                     method = gr.Dropdown(methods, value="auto", label="Method of restoration")
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
+                    seed = gr.Number(0, label="Seed", precision=0)
             with gr.Column(scale=3, min_width=320):
                 hint = "Paint over a part of the picture, and click Restore."
                 hint = hint if restorer.draws else f"Upload a picture. {hint}"

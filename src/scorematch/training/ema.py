@@ -240,7 +240,8 @@ def _snapshots(folder: Path) -> list[tuple[int, float, Path]]:
             found.append((int(name[1]), float(name[2]), path))
     if not found:
         raise FileNotFoundError(
-            f"{folder} has no snapshots of power function averages, such as 000100000-0.050. Pass the folder of a run "
-            "with these averages. Runs with exponential averages, such as those of ncsnv2-cifar10, have none of them."
+            f"{folder} has no snapshots of power function averages, such as 000100000-0.050. Pass the folder of a run; "
+            "it has them after a twentieth of its length, or of the stage since it has grown. Runs with exponential "
+            "averages, such as those of ncsnv2-cifar10, have none of them."
         )
     return sorted(found)
