@@ -491,6 +491,8 @@ def test_start_with_another_network_raises_before_anything_is_written(run, tmp_p
     net = image_net(dropout=0.2, schedule=NoiseSchedule([1.0, 0.1]))
     with pytest.raises(ValueError, match=r"schedule is .* instead of .*\. Pass net=ScoreNet\.from_pretrained\(start"):
         quick(net, images(), tmp_path / "run", start=start)
+    with pytest.raises(ValueError, match=r"the one to train: family is 'unet' instead of 'ncsnv2'\. Pass net="):
+        quick(ScoreNet.ncsnv2(1, 8, width=2), images(), tmp_path / "run", start=start)
     with pytest.raises(FileNotFoundError, match="nothing"):
         quick(image_net(), images(), tmp_path / "run", start=tmp_path / "nothing")
     assert not (tmp_path / "run").exists()

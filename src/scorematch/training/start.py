@@ -87,9 +87,10 @@ def growth(net: ScoreNet, small: Mapping[str, Any], start: str | os.PathLike[str
     if net.family is not None and small["family"] == config["family"]:
         small, _ = net.family.recondition({}, small, config, {})
         grows = net.family.growth(small, config)
+    keys = {*small, *config} - _FREE - grows if small["family"] == config["family"] else {"family"}
     differing = [
         f"{key} is {quote(small.get(key))} instead of {quote(config.get(key))}"
-        for key in sorted({*small, *config} - _FREE - grows)
+        for key in sorted(keys)
         if small.get(key) != config.get(key)
     ]
     if differing:
