@@ -177,6 +177,22 @@ def test_growing_announces_its_stages(faces, tmp_path, calls, monkeypatch, capsy
 
 
 @pytest.mark.slow
+def test_hours_that_are_enough_for_the_small_network_of_growing_only(faces, tmp_path, calls, monkeypatch, capsys):
+    """720 images of the large network are less than 100 steps of 8."""
+
+    def seconds(net, data, settings, _):
+        return [0.005 if net.config["block_out_channels"][0] == 48 else 0.01] * len(settings.stages())
+
+    for module in (command, speed):
+        monkeypatch.setattr(module, "seconds_per_image", seconds)
+    growing = ["train", str(faces), "--recipe", "growing", "--batch-size", "8", "--device", "cpu", "--quiet", "--out"]
+    assert main([*growing, str(tmp_path), "--hours", "0.002"]) == 0
+    assert calls[0][-1]["images"] == 1440
+    assert main([*growing, str(tmp_path), "--hours", "0.001"]) == 2
+    assert "--hours 0.001 is enough for 90 steps of 8 images here" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_trained_network_can_be_loaded_and_sampled(run, tmp_path):
     net = ScoreNet.from_pretrained(run[0] / "network")
     assert net.sample_shape == (3, 8, 8) and net.sampler_settings.sampler == "ode"

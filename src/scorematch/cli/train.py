@@ -225,9 +225,11 @@ def _run(args: argparse.Namespace) -> None:
     shown = accelerator.is_main_process and not args.quiet
     take_units(net, data, network_of(args.out), settings.start, progress=shown)
     if settings.hours is not None:
-        of_hours, settings = settings, with_images(args.out, net.to(device), data, settings, accelerator)
-        if recipe.short is not None and start is None and arrays is None and not settings.growth:
-            recipe = recipe.short
+        of_hours, short = settings, recipe.short if start is None and arrays is None else None
+        fewest = {} if short is None else {"fewest_steps": 0}  # the network of the short recipe is faster
+        settings = with_images(args.out, net.to(device), data, settings, accelerator, **fewest)
+        if short is not None and not settings.growth:
+            recipe = short
             net = _network(args, recipe, start, images, settings).to(device)
             settings = with_images(args.out, net, data, replace(of_hours, growth=()), accelerator)
         options |= {name: getattr(settings, name) for name in ("hours", "images", "growth")}

@@ -30,14 +30,20 @@ _FEWEST_STEPS = 100  # of a run of given hours
 
 
 def with_images(
-    folder: str | os.PathLike[str], net: ScoreNet, data: Data, settings: TrainSettings, accelerator: Any
+    folder: str | os.PathLike[str],
+    net: ScoreNet,
+    data: Data,
+    settings: TrainSettings,
+    accelerator: Any,
+    *,
+    fewest_steps: int = _FEWEST_STEPS,
 ) -> TrainSettings:
     """The settings with a number of images in place of ``hours``: that of the run in the folder, or what fits.
 
     A stage of growth is left out if the hours are not enough for its fewest images.
 
     Raises:
-        ValueError: if the hours are not enough for 100 steps.
+        ValueError: if the hours are not enough for the fewest steps.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -49,10 +55,10 @@ def with_images(
         before = found[0]
     images, later = before
     growth = [replace(stage, fewest=0) for stage in settings.growth[:later]]
-    if images < _FEWEST_STEPS * settings.batch_size:
+    if images < fewest_steps * settings.batch_size:
         raise ValueError(
             f"{argument('hours', settings.hours)} is enough for {images // settings.batch_size} steps of "
-            f"{settings.batch_size} images here, and a run needs at least {_FEWEST_STEPS}. Write more hours, or take a "
+            f"{settings.batch_size} images here, and a run needs at least {fewest_steps}. Write more hours, or take a "
             "smaller network, such as that of the recipe tiny."
         )
     return replace(settings, hours=None, images=images, growth=growth)
@@ -64,7 +70,7 @@ def _fitting(net: ScoreNet, data: Data, settings: TrainSettings, accelerator: An
     seconds = [each / accelerator.num_processes for each in seconds_per_image(net, data, settings, accelerator)]
     for later in range(len(settings.growth), -1, -1):
         stages = settings.growth[:later]
-        images = int(settings.hours * 3600 / mean_seconds(seconds, stages))
+        images = max(1, int(settings.hours * 3600 / mean_seconds(seconds, stages)))
         if later == 0 or images >= stages[-1].fewest:
             break
     return images, later
