@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
+from scorematch.restoration import JPEG, AveragePool, Grayscale, Hole, Mask, Observation, Uncrop
 from scorematch.restoration.palette import (
     TASKS,
     Colorization,
@@ -170,6 +170,18 @@ def test_inpainting_masks_are_never_empty_or_full(size):
     assert shares.max() < 0.7
     # The mean is 0.6 x 0.14 + 0.4 x 0.23. At 16 pixels it is slightly larger, since lines are at least one pixel wide.
     assert abs(float(shares.mean()) - 0.178) < 4 * float(shares.std()) / math.sqrt(len(shares)) + 0.01
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1)])
+def test_an_image_that_is_too_small_for_a_hole_gives_an_error(size):
+    """No number of its pixels is 10 to 40 % of them, and boxes would be drawn again without end."""
+    with pytest.raises(ValueError, match=f"a random hole needs an image of at least 3 pixels, got {size[0]}x{size[1]}"):
+        Hole().drawn(torch.zeros(1, 1, *size), [0])
+
+
+def test_a_hole_in_the_smallest_images():
+    for size in ((1, 3), (2, 2), (1, 90)):
+        assert Hole().drawn(torch.zeros(1, 1, *size), range(8)).mask.shape == (8, 1, *size)
 
 
 @pytest.mark.slow

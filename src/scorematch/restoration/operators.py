@@ -234,6 +234,8 @@ class Hole(RandomMask):
 
     def missing(self, n: int, height: int, width: int, draws: Draws) -> Tensor:
         """Strokes or boxes."""
+        if height * width < 3:  # no number of pixels is 10 to 40 % of the area
+            raise ValueError(f"a random hole needs an image of at least 3 pixels, got {height}x{width}.")
         free_form = draws.uniform(n, 1, 1) < 0.6
         return torch.where(free_form, strokes(n, height, width, draws), boxes(n, height, width, draws))[:, None]
 
