@@ -361,7 +361,7 @@ def test_a_folder_that_was_interrupted_is_continued(folder, tmp_path, monkeypatc
     assert capsys.readouterr().err == continues and (out / "b-1.png").exists()
     before = (out / "a-1.png").stat()
     assert main([*command, "--skip-existing"]) == 0
-    assert "1 of the 3 pictures are restored already\n" in capsys.readouterr().out
+    assert "restored already: 1 of 3 pictures\n" in capsys.readouterr().out
     assert (out / "a-1.png").stat() == before
     assert main(_command(folder, tmp_path / "in", tmp_path / "whole", *options)) == 0
     both = [{path.name: path.read_bytes() for path in each.iterdir()} for each in (out, tmp_path / "whole")]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scorematch.cli.options import Commands, refuse
 from scorematch.cli.options.classes import add_classes, add_condition, find_classes
-from scorematch.cli.options.duration import announce
+from scorematch.cli.options.duration import announce, count
 from scorematch.cli.options.networks import add_model, load
 from scorematch.cli.options.operators import add_operators, add_restore_method, read_operator
 from scorematch.cli.options.outputs import add_overwrite, check_folder_name, check_new
@@ -172,7 +172,7 @@ def _run(args: argparse.Namespace) -> None:
     _check_folder(args, folder, paths)
     if args.skip_existing:
         missing = [path for path in paths if not _strip(folder, path).exists()]
-        print(f"{len(paths) - len(missing)} of the {len(paths)} pictures are restored already")
+        print(f"restored already: {len(paths) - len(missing)} of {count(len(paths), 'picture')}")
         paths = missing
         if not paths:
             return
