@@ -519,6 +519,8 @@ def test_the_chain_has_frames_at_equal_distances(calls, so_far, columns):
 def test_large_images_of_the_chain_are_reduced(gray):
     shown = _pictures(results([_frame(4, 4, size=160)]))
     assert [image.shape[0] for image in shown] == [160, 64, 64]
+    strip = torch.rand(1, 1, 160, 1)
+    assert [image.shape for image in _pictures(results([Frame(4, 4, 0.0, strip, strip)]))] == [(160, 1), *[(64, 1)] * 2]
 
 
 # -- The command

@@ -407,6 +407,11 @@ def test_bad_options_of_sizes_write_nothing(folder, tmp_path, options, message, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("size", "shown"), [((2, 2000), (1, 512)), ((600, 900), (341, 512)), ((90, 1), (90, 1))])
+def test_large_pictures_are_small_in_the_strip(size, shown):
+    assert restore._shown(torch.rand(1, 3, *size)).shape == (1, 3, *shown)
+
+
 @pytest.mark.slow
 def test_a_picture_in_tiles_agrees_with_the_score_of_tiles(folder, tmp_path):
     """The command restores the whole picture with ``Tiled``."""

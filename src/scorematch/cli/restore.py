@@ -370,7 +370,8 @@ def _restore(args: argparse.Namespace, sampler: Sampler, pictures: list[_Picture
 def _shown(image: Tensor) -> Tensor:
     """A picture (1, C, H, W), made smaller if it is large."""
     scale = _SHOWN / max(image.shape[-2:])
-    return image if scale >= 1 else torch.nn.functional.interpolate(image, scale_factor=scale, mode="area")
+    size = [max(1, int(scale * side)) for side in image.shape[-2:]]
+    return image if scale >= 1 else torch.nn.functional.interpolate(image, size, mode="area")
 
 
 def _summarize(restored: Tensor, folder: Path, stem: str) -> None:

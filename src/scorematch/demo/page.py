@@ -192,7 +192,8 @@ def _thumbnail(image: Tensor) -> Tensor:
     scale = _THUMBNAIL / max(image.shape[-2:])
     if scale >= 1:
         return image
-    return torch.nn.functional.interpolate(image[None], scale_factor=scale, mode="area")[0]
+    size = [max(1, int(scale * side)) for side in image.shape[-2:]]
+    return torch.nn.functional.interpolate(image[None], size, mode="area")[0]
 
 
 # -- What the buttons do ----------------------------------------------------------------------------------------------
