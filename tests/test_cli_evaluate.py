@@ -79,6 +79,20 @@ def test_evaluate_leaves_out_broken_images_and_says_so(folder, tmp_path, restore
     assert "1.png cannot be read as an image" in _refused([*map(str, command), "--strict"], capsys)
 
 
+def test_an_interruption_says_whether_the_same_command_continues(folder, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    real = (folder / "real.npz", "--features", "none", "--out", tmp_path / "out")
+    for function, words, continues in [
+        ("evaluate_restoration", ["--restore", "pool:4"], "the same command begins anew"),
+        ("evaluate", [], "repeat the command to continue"),
+    ]:
+        monkeypatch.setattr(f"scorematch.cli.evaluate.{function}", interrupted)
+        assert _run("evaluate", folder / "network", *real, *words) == 130
+        assert capsys.readouterr().err == f"scorematch: interrupted; {continues}\n"
+
+
 @pytest.mark.slow
 def test_evaluate_a_network(folder, tmp_path, capsys):
     out = tmp_path / "out"
