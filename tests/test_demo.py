@@ -495,6 +495,14 @@ def test_an_uploaded_picture_is_restored_at_its_own_size(color, operator):
     assert not torch.equal(restored[~known], pixels[~known])
 
 
+def test_the_colors_of_a_panorama_are_restored_in_its_middle(color):
+    photo = torch.randint(256, (3, 9, 60), generator=seed()) / 255
+    *_, page = Events(color).restore(canvas(color.part(photo)), "gray", "", 1, "langevin", 6, "replace", 0, -1, photo)
+    restored = _pictures(page)[1].int()
+    colored = (restored.amax(2) - restored.amin(2)).amax(0) > 2
+    assert restored.shape == (9, 60, 3) and colored[25:34].any() and not colored[:25].any() and not colored[34:].any()
+
+
 def _frame(call, calls, size=8):
     image = torch.full((1, 1, size, size), call / calls)
     return Frame(call, calls, float(calls - call), image, image)

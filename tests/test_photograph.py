@@ -215,6 +215,11 @@ def test_the_default_is_chosen_from_the_sizes(operator, y, tile):
     assert photo.tile == tile and photo.resized != tile
 
 
+def test_a_crop_of_a_long_picture_is_resized():
+    photo = Photograph(Grayscale(), _picture(16, 100, 1), OWN, crop="center")
+    assert photo.resized and photo.box == (42, 0, 16, 16)
+
+
 def test_tiles_are_computed_around_the_hole_only():
     x, known = _picture(400, 300), torch.ones(400, 300, dtype=torch.bool)
     known[100:110, 290:295] = False

@@ -108,7 +108,8 @@ class Photograph:
             part with the aspect ratio of h x w that has all missing pixels, nearest to the middle; if there is none
             of which half is known, the whole picture with borders, which are missing too.
         tile: whether the network draws at the resolution of the picture, in tiles. None is False, unless the picture is
-            more than four times as long as wide, or y alone is at least as large as the network's images.
+            more than four times as long as wide, or y alone is at least as large as the network's images, and there is
+            no ``crop``.
         feather: over how many pixels around a hole the known pixels are blended with the restoration. They then lose
             their bits.
 
@@ -163,7 +164,7 @@ class Photograph:
             self._pixels.check(operator)
             if not sigma:  # noise may leave the range
                 check_range(self._pixels.values, "y")
-        self.tile = self._needs_tiles() if tile is None else tile
+        self.tile = crop is None and self._needs_tiles() if tile is None else tile
         self.resized = not self.tile and self.shape[1:] != self._own
         if self._feather and not (self.resized and self._pixels is not None and not self._pixels.luma):
             raise ValueError(
