@@ -218,6 +218,10 @@ def test_the_default_is_chosen_from_the_sizes(operator, y, tile):
 def test_a_crop_of_a_long_picture_is_resized():
     photo = Photograph(Grayscale(), _picture(16, 100, 1), OWN, crop="center")
     assert photo.resized and photo.box == (42, 0, 16, 16)
+    photo = Photograph(Grayscale(), _picture(16, 16, 1), OWN, crop="center")
+    assert not photo.resized and photo.box == (0, 0, 16, 16)
+    with pytest.raises(ValueError, match="crop is for a picture that is resized, but this one is not"):
+        Photograph(Grayscale(), _picture(16, 16, 1), OWN, crop=(0, 0, 16, 16))
 
 
 def test_tiles_are_computed_around_the_hole_only():

@@ -171,7 +171,8 @@ class Photograph:
                 f"{argument('feather')} is for a hole in a picture that is resized. Otherwise the restoration fits its "
                 f"known pixels. Leave it out."
             )
-        if crop is not None and not self.resized:
+        # The center of a picture of the network's size is the whole picture.
+        if crop is not None and not self.resized and (self.tile or crop != "center"):
             raise ValueError(f"{argument('crop')} is for a picture that is resized, but this one is not. Leave it out.")
         whole = Box(0, 0, self.shape[2], self.shape[1])
         self.box = self._placed(crop) if self.resized else self._around(sigma) if self.tile else whole
