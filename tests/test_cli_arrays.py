@@ -150,6 +150,15 @@ def test_the_sampler_of_data_keeps_the_variance_of_all_scales():
     torch.testing.assert_close(x[0].double().square(), variance, rtol=0.03, atol=0)
 
 
+@pytest.mark.parametrize(("own", "shape"), [((3,), (4,)), ((2, 8), (3, 8)), ((3,), (3, 8))])
+def test_a_network_for_other_data_is_no_start(tmp_path, capsys, own, shape):
+    network_for(own).save_pretrained(tmp_path / "net")
+    np.save(tmp_path / "x.npy", _data(shape))
+    command = ["train", str(tmp_path / "x.npy"), "--start", str(tmp_path / "net"), "--out", str(tmp_path / "run")]
+    error = refused([*command, *QUIET], capsys)
+    assert f"whose samples have the shape {shape}, but {tmp_path / 'net'} is one for the shape {own}. Leave" in error
+
+
 def test_a_condition_of_bulk_samples_is_that_of_each_sample():
     def score(x, sigma, condition):
         return (condition - x) / (1e-6 + sigma**2)

@@ -375,14 +375,15 @@ def _network_of_arrays(
     if args.labels and data.classes is None:
         raise ValueError(f"--labels needs an array of labels in {args.data}, which has none. Leave it out.")
     if start is not None:
-        if start.sample_shape is not None and len(start.sample_shape) != len(data.shape):
+        own = start.sample_shape
+        if own is not None and (len(own) != len(data.shape) or own[0] != data.shape[0]):
             raise ValueError(
                 f"--start must be a network for {args.data}, whose samples have the shape {data.shape}, but "
-                f"{args.start} is one for the shape {start.sample_shape}. Leave out --start, or take another network."
+                f"{args.start} is one for the shape {own}. Leave out --start, or take another network."
             )
-        if start.sample_shape is not None and len(data.shape) > 1:
+        if own is not None and len(data.shape) > 1:
             check_size(start.backbone, data.shape[1:])
-            start.sample_shape = (start.sample_shape[0], *data.shape[1:])
+            start.sample_shape = data.shape
         return _with_condition(args, start, data, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
