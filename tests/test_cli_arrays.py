@@ -14,7 +14,7 @@ from scorematch.data import open_arrays, read_samples
 from scorematch.data.plots import save_plot
 from scorematch.evaluation import evaluate, exact
 from scorematch.nets import Condition
-from scorematch.sampling import ODESampler, bulk_samples, recommended_sampler
+from scorematch.sampling import ODESampler, bulk_samples, recommended_sampler, sample_to
 from scorematch.training import network_for
 from tests.helpers import refused, seed
 
@@ -148,6 +148,13 @@ def test_the_sampler_of_data_keeps_the_variance_of_all_scales():
     top = float(sampler.schedule.sigmas[0])
     x = sampler.sample(1, init=(top**2 + variance).sqrt()[None], progress=False)
     torch.testing.assert_close(x[0].double().square(), variance, rtol=0.03, atol=0)
+
+
+def test_a_folder_of_samples_keeps_the_names_of_axes(tmp_path):
+    net = ScoreNet.mlp(2, width=8, depth=1)
+    net.axes = ("run", "value")
+    images = sample_to(ODESampler(net, levels=2), tmp_path / "many", 3, format="float", progress=False)
+    assert open_arrays(images / "000000.npz").axes == ("run", "value")
 
 
 @pytest.mark.parametrize(("own", "shape"), [((3,), (4,)), ((2, 8), (3, 8)), ((3,), (3, 8))])

@@ -7,7 +7,7 @@ samples.json           the settings, which an interrupted job needs to continue;
 images/000123.png      one file per image, or
 images/000128.npz      one file per batch, named by its first image: ``arr_0``, uint8 (B, H, W, C), and with classes
                        ``arr_1``, int64 (B,), as in the sample files of guided-diffusion (Dhariwal & Nichol, 2021)
-or images/000128.npz   in the format "float": ``x``, float32 (B, ...), and ``condition``, if there is one
+or images/000128.npz   in the format "float": ``x``, float32 (B, ...), and ``condition`` and ``axes``, if there are any
 labels.csv             the class of each PNG file, for class-conditional networks
 =====================  ================================================================================================
 
@@ -77,10 +77,10 @@ def stem(i: int) -> str:
 
 
 class Files(ABC):
-    """The files of the images in one folder."""
+    """The files of the images in one folder; ``axes`` are the names of the axes of samples that are no pictures."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, axes: Sequence[str] | None = None) -> None:
+        self._folder, self._axes = folder, axes
 
     def check(self) -> None:
         """Raises the errors that ``write`` would raise for this folder, before anything is computed."""
@@ -168,7 +168,8 @@ class _Values(_Arrays):
     array = "x"
 
     def write(self, batch: Batch) -> None:
-        write_arrays(self._path(batch.indices.start), values_and_condition(batch.images.cpu(), batch.classes))
+        arrays = values_and_condition(batch.images.cpu(), batch.classes, self._axes)
+        write_arrays(self._path(batch.indices.start), arrays)
 
     def read(self, indices: range, channels: int) -> Tensor:
         path = self._path(indices.start)

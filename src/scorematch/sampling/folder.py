@@ -154,7 +154,7 @@ class SampleFolder:
         self._job, self._folder, self._n, self._format = job, Path(folder).expanduser(), n, format
         if self._folder.exists() and not self._folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file. Pass a folder.")
-        self._files = FORMATS[format](self._folder / IMAGES)
+        self._files = FORMATS[format](self._folder / IMAGES, attribute(job.sampler.net, "axes"))
         self._files.check()
         self._about = dict(about or {})
         self._stored = self._check_folder()
