@@ -155,6 +155,16 @@ def test_units_are_measured_once(tmp_path):
     assert train(loaded, 2 * x, tmp_path / "again", **QUICK).units == first.units
 
 
+def test_gaps_that_came_later_are_found_in_the_batch(tmp_path):
+    """A run that begins with another network, or continues, does not measure its data."""
+    x, _ = signals()
+    train(net(), x, tmp_path / "run", **QUICK)
+    x[17, 1, 4] = torch.nan
+    np.save(tmp_path / "x.npy", x.numpy())
+    with pytest.raises(ValueError, match=r"x must be finite, .* the first at \[17, 1, 4\]\. Leave these samples out"):
+        train(net(), tmp_path / "x.npy", tmp_path / "more", start=tmp_path / "run" / "network", **QUICK)
+
+
 def test_train_steps_measures_the_units_too():
     x, _ = signals()
     own = net()

@@ -193,15 +193,17 @@ _LEARN_FROM_GAPS = (
 )
 
 
-def check_finite(x: Tensor, name: str, first: int = 0, *, data: bool = True) -> None:
-    """Raises ValueError if samples (n, ...), which are numbered from ``first`` on, have NaN or infinite values.
+def check_finite(x: Tensor, name: str, first: int | Tensor = 0, *, data: bool = True) -> None:
+    """Raises ValueError if samples (n, ...) have NaN or infinite values.
 
-    ``data`` says whether they are training data, which may also have gaps.
+    ``first`` is the number of the first sample, or has the numbers of all. ``data`` says whether they are training
+    data, which may also have gaps.
     """
     wrong = ~torch.isfinite(x)
     if bool(wrong.any()):
         row, *others = wrong.nonzero()[0].tolist()
-        where = ", ".join(map(str, (first + row, *others)))
+        number = first + row if isinstance(first, int) else int(first[row])
+        where = ", ".join(map(str, (number, *others)))
         samples = int(wrong.flatten(1).any(1).sum())
         raise ValueError(
             f"{name} must be finite, but {samples} of {len(x):,} samples have NaN or infinite values, the first at "

@@ -40,6 +40,7 @@ from scorematch.core.messages import quote
 from scorematch.core.precision import autocast
 from scorematch.core.randomness import seed_of
 from scorematch.core.threads import ordered_map
+from scorematch.data.array_data import ArrayData, check_finite
 from scorematch.data.images import Data
 from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
@@ -457,7 +458,10 @@ def _batches(
     names, axes = augmentations(net, data, settings.augment), len(data.shape) - 1
 
     def make(first: int) -> _Batch:
-        x, condition = data.read(order(first, first + local))
+        rows = order(first, first + local)
+        x, condition = data.read(rows)
+        if isinstance(data, ArrayData):
+            check_finite(x, data.name, rows)
         dtype = x.dtype if x.is_floating_point() else torch.float32
         noise = torch.empty(local, *data.shape, dtype=dtype, device="cpu")
         chances, changes, numbers = [], [], []
