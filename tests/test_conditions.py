@@ -214,6 +214,15 @@ def test_training_with_a_class_and_a_vector(tmp_path):
     assert train(of_classes, pair, tmp_path / "classes", **options).conditioning.classes == 5
 
 
+def test_one_step_with_label_drop_says_that_the_null_is_trained(tmp_path):
+    """Its gradient is zero in the first steps, while the last layer is."""
+    x, vectors = torch.randn(32, 2, generator=seed()), torch.randn(32, 3, generator=seed(1))
+    for drop in (0.0, 0.3):
+        net = ScoreNet.mlp(2, width=8, depth=1, condition_features=3)
+        net = train(net, (x, vectors), tmp_path / str(drop), images=32, batch_size=32, label_drop=drop, progress=False)
+        assert net.inference_copy().conditioning.null_class == (drop > 0)
+
+
 def test_a_network_of_vectors_without_label_drop_must_be_given_one(tmp_path, capsys):
     """Its null was never trained, and samples without a condition would look like samples."""
     x, vectors = torch.randn(32, 2, generator=seed()), torch.randn(32, 3, generator=seed(1))

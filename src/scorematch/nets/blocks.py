@@ -23,6 +23,7 @@ from scorematch.nets.layers import GroupNorm
 from scorematch.nets.space import Space
 
 SQRT2 = math.sqrt(2)
+_NULL = 1e-4  # a value that is not zero in half precision, and has no effect beside an embedding
 
 
 def quarter_groups(channels: int) -> int:
@@ -390,9 +391,16 @@ class VectorEmbedding(nn.Module):
 
 
 def without_trained_null(backbone: nn.Module) -> bool:
-    """Whether a network of vectors was trained without ``label_drop``: the embedding of none is still zero."""
+    """Whether a network of vectors was trained without ``label_drop``: its embedding of none is zero."""
     nulls = [module.null for module in backbone.modules() if isinstance(module, VectorEmbedding)]
     return any(not null.is_meta and not null.any() for null in nulls)
+
+
+def begin_null(backbone: nn.Module) -> None:
+    """Moves an embedding of none away from zero, since a training with ``label_drop`` begins."""
+    for module in backbone.modules():
+        if isinstance(module, VectorEmbedding) and not module.null.any():
+            nn.init.constant_(module.null, _NULL)
 
 
 class AugmentationEmbedding(nn.Module):

@@ -44,7 +44,7 @@ from scorematch.data.array_data import ArrayData, check_finite
 from scorematch.data.images import Data
 from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
-from scorematch.nets.blocks import AugmentationEmbedding
+from scorematch.nets.blocks import AugmentationEmbedding, begin_null
 from scorematch.score import ScoreNet
 from scorematch.training import nonleaking
 from scorematch.training.accelerator import global_generators, make_accelerator
@@ -302,6 +302,8 @@ def prepare(net: ScoreNet, settings: Settings, accelerator: Any) -> TrainingStat
         backbone: Any = net.backbone
         width = backbone.time_embedding.linear_2.out_features
         backbone.augmentation = AugmentationEmbedding(nonleaking.VALUES, width).to(next(net.parameters()))
+    if settings.label_drop > 0:
+        begin_null(net.backbone)
     net.to(accelerator.device)
     if accelerator.num_processes > 1:
         for tensor in net.state_dict().values():
