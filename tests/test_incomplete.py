@@ -212,6 +212,12 @@ def test_a_run_that_was_killed_at_a_file_operation_continues_bitwise(tmp_path, m
 @pytest.mark.slow
 def test_more_stages_continue_and_other_settings_do_not(tmp_path, whole):
     train_from_observations(_net(), _holes(), tmp_path, **{**SHORT, "stages": 1})
+    (tmp_path / "report.md").unlink()
+    (tmp_path / "draws/001").mkdir()
+    with (tmp_path / "stages.jsonl").open("a") as file:
+        file.write('{"images": 6')  # as if the process had died
+    train_from_observations(_net(), _holes(), tmp_path, **{**SHORT, "stages": 1})
+    assert "| 1 |" in (tmp_path / "report.md").read_text() and not list((tmp_path / "draws").iterdir())
     train_from_observations(_net(), _holes(), tmp_path, **SHORT)
     assert _result(tmp_path) == whole
     with pytest.raises(ValueError, match=r"lr was 0\.001 and is 0\.002"):

@@ -88,6 +88,7 @@ _FITTED = 4096  # draws from the Gaussian, from which a network gets its units
 _NEAR = 0.2  # the tolerance, relative to the range of the network, for data that are in this range
 _RECORD = dict.fromkeys(("settings", "observations"), Field(dict, required=True))
 _SHOWN = 32  # draws in a picture
+_EVERY = 2**62  # images: all lines of the log stay except one that is not complete
 # What may change when a run continues; "evaluate" and "accelerator" are not described.
 _FREE = ("stages", "progress", "accelerator", "trackers", "push_to_hub", "evaluate", "microbatch", "compile", "keep")
 _FILES = ("draws", "network", "report", "report.md", "stages.jsonl", "gaussian.npz")
@@ -259,21 +260,23 @@ class _Stages:
         self.gaussian = self._fitted()
         self._take_units()
         self.template = copy.deepcopy(self.net)
+        self.log.cut(_EVERY)
         done = len(self.log.lines())
-        for stage in range(done, self.settings.stages + 1):
-            if stage > 0:
-                self._train(stage)
-            error, deviation = self._error(stage)
-            began, elapsed = time.perf_counter(), time.perf_counter() - began
-            self.log.write(
-                {
-                    "images": stage * self.settings.total,
-                    "stage": stage,
-                    "error": error,
-                    "standard_error": deviation,
-                    "seconds": round(elapsed, 1),
-                }
-            )
+        for stage in range(max(0, done - 1), self.settings.stages + 1):
+            if stage >= done:  # otherwise the process may have died after the line, and before what follows
+                if stage > 0:
+                    self._train(stage)
+                error, deviation = self._error(stage)
+                began, elapsed = time.perf_counter(), time.perf_counter() - began
+                self.log.write(
+                    {
+                        "images": stage * self.settings.total,
+                        "stage": stage,
+                        "error": error,
+                        "standard_error": deviation,
+                        "seconds": round(elapsed, 1),
+                    }
+                )
             shutil.rmtree(self.folder / "draws" / _name(stage), ignore_errors=True)
             self._report()
         last = self._network(self.settings.stages)
