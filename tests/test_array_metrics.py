@@ -89,6 +89,17 @@ def test_a_classifier_has_the_accuracy_of_the_best_one():
     assert classifier_two_sample_test(x, y, steps=40).value == pytest.approx(0.5, abs=0.05)
 
 
+def test_the_kernel_has_a_width_if_most_pairs_are_equal():
+    """Of rare events, 2 in 20: the median distance is 0, and the kernel gets the mean of the squares, 36 / 190."""
+    x, y = torch.zeros(20, 1).double(), torch.zeros(20, 1).double()
+    x[:10], y[:2] = 1, 1
+    k = math.exp(-190 / 72)
+    within = [(a * (a - 1) + b * (b - 1) + 2 * a * b * k) / 380 for a, b in ((10, 10), (2, 18))]
+    between = (10 * 2 + 10 * 18 + (10 * 18 + 10 * 2) * k) / 400
+    assert maximum_mean_discrepancy(x, y).value == pytest.approx(sum(within) - 2 * between, rel=1e-9)
+    assert math.isfinite(maximum_mean_discrepancy(x, 0 * y).value)
+
+
 # -- Spectra and values
 
 
@@ -117,6 +128,15 @@ def test_errors_of_scaled_fields_and_distances_of_shifted_values():
     assert values_distance(x + 3, x).value == pytest.approx(3, rel=1e-9)
     with pytest.raises(ValueError, match=r"for signals and fields \(N, C, ...\), got shape \(4, 3\)"):
         power_spectrum(torch.zeros(4, 3))
+
+
+def test_a_classifier_sees_noise_where_the_data_are_constant():
+    """Such as a border of zeros; the standard deviation of the reference is 0 there."""
+    x, y = normal(200, 3), normal(200, 3, number=1)
+    y[:, 1] = 2.0
+    assert classifier_two_sample_test(x, y, steps=100).value > 0.9
+    x[:, 1] = 2.0
+    assert classifier_two_sample_test(x, y, steps=20).value < 0.65
 
 
 # -- Evaluations

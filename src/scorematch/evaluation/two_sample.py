@@ -60,7 +60,8 @@ def classifier_two_sample_test(
     if len(y) != n or n < folds:
         raise ValueError(f"{folds} folds need as many samples as data, at least {folds}, got {n} and {len(y)}.")
     rng = single_generator(generator)
-    center, spread = y.mean(0), y.std(0).clamp(min=torch.finfo(y.dtype).tiny)
+    center, spread = y.mean(0), y.std(0)
+    spread = torch.where(spread > 0, spread, x.std(0)).clamp(min=torch.finfo(y.dtype).tiny)  # such as a border of zeros
     order = torch.stack([draw(n, n, rng), n + draw(n, n, rng)], 1).flatten().to(x.device)  # both in equal numbers
     data = ((torch.cat([x, y]) - center) / spread).float()[order]
     if data.shape[1] > _MOST:
