@@ -8,6 +8,7 @@ import torch
 
 from scorematch import ScoreNet
 from scorematch.cli import main
+from scorematch.data import moments
 from scorematch.evaluation import (
     METRICS,
     classifier_two_sample_test,
@@ -16,6 +17,7 @@ from scorematch.evaluation import (
     maximum_mean_discrepancy,
     power_spectrum,
     sliced_wasserstein_distance,
+    spectrum,
     spectrum_error,
     values_distance,
 )
@@ -130,6 +132,20 @@ def test_errors_of_scaled_fields_and_distances_of_shifted_values():
         power_spectrum(torch.zeros(4, 3))
 
 
+def test_values_are_taken_from_all_places_of_large_sets(monkeypatch):
+    """Fields that are right in the first column only, which has each tenth value."""
+    monkeypatch.setattr(spectrum, "_VALUES", 1000)
+    x, y = normal(100, 1, 10, 10), normal(100, 1, 10, 10, number=1)
+    x[..., 1:] += 5
+    assert values_distance(x, y).value == pytest.approx(4.5, abs=1)
+
+
+def test_vectors_of_many_values_are_compared_value_by_value():
+    x, y = normal(5, 40_000), normal(4, 40_000, number=1)
+    expected = wasserstein(x, y)[0].mean()
+    assert values_distance(x, y).value == pytest.approx(float(expected), rel=1e-12)
+
+
 def test_a_classifier_sees_noise_where_the_data_are_constant():
     """Such as a border of zeros; the standard deviation of the reference is 0 there."""
     x, y = normal(200, 3), normal(200, 3, number=1)
@@ -158,6 +174,17 @@ def test_an_evaluation_of_arrays_does_not_depend_on_their_units(tmp_path):
     assert "| number of samples | 30 |" in (tmp_path / "evaluation.md").read_text()
     floor = evaluate(y[:40], y[40:], **options).figures["samples"]["values"]["energy"].value
     assert result.figures["floor"]["values"]["energy"].value == pytest.approx(floor, abs=0.2)
+
+
+def test_large_data_are_evaluated_in_parts(monkeypatch):
+    x, y = fields(30), fields(80, 1)
+    options = {"metrics": ["spectrum", "values"], "progress": False}
+    whole = evaluate(x, y, **options).figures
+    monkeypatch.setattr(moments, "_VALUES", 100)
+    monkeypatch.setattr(spectrum, "_AT_ONCE", 100)
+    for column, found in evaluate(x, y, **options).figures.items():
+        for name, figure in found["values"].items():
+            assert figure.value == pytest.approx(whole[column]["values"][name].value, rel=1e-5)
 
 
 def test_samples_of_a_network_are_compared_in_their_units():
@@ -194,6 +221,8 @@ def test_the_command_prints_and_refuses(tmp_path, capsys):
     for sets, name in ((gaps, fields(9)), "samples"), ((fields(9), gaps), "reference"):
         with pytest.raises(ValueError, match=rf"the {name} must be finite, but 9 of 9 samples .* first at \[0, 0, 3\]"):
             evaluate(*sets, metrics="energy", progress=False)
+    with pytest.raises(ValueError, match=r"the reference is constant\. Pass data that vary"):
+        evaluate(fields(9), torch.full((9, 2, 8), 0.1), progress=False)
     pictures = 2 * torch.rand(9, 1, 8, 8, generator=seed(0)) - 1
     with pytest.raises(ValueError, match=r"must have values in \[0, 1\]"):
         evaluate(pictures, pictures, progress=False)

@@ -12,6 +12,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,8 +44,8 @@ class Moments(NamedTuple):
     high: Tensor
 
 
-class _Sum:
-    """The moments of the batches that were added."""
+class Sums:
+    """The sums of the batches that were added: their number of values for each channel, mean, and squares around it."""
 
     def __init__(self, name: str, part: str, *, data: bool = False) -> None:
         self.name, self.part, self.data, self.first, self.n = name, part, data, 0, 0
@@ -52,6 +53,7 @@ class _Sum:
         self.low, self.high = torch.tensor(math.inf), torch.tensor(-math.inf)
 
     def add(self, x: Tensor) -> None:
+        """Adds samples (n, C, ...), which must be finite."""
         check_finite(x, self.name, self.first, data=self.data)
         values = x.detach().double().transpose(0, 1).flatten(1)
         n, mean, (low, high) = values.shape[1], values.mean(1), values.aminmax(dim=1)
@@ -63,6 +65,7 @@ class _Sum:
         self.n, self.first = self.n + n, self.first + len(x)
 
     def moments(self) -> Moments:
+        """The moments, if each channel can be standardized by them."""
         constant = self.low == self.high
         if bool(constant.any()):
             raise ValueError(
@@ -87,6 +90,16 @@ class _Sum:
         return Moments(self.mean, std, self.low, self.high)
 
 
+def step_of(shape: Sequence[int]) -> int:
+    """The number of samples of a shape that are in memory at once."""
+    return max(1, _VALUES // math.prod(shape))
+
+
+def batches_of(data: Data) -> Iterator[Tensor]:
+    """All samples in their order, in batches (n, C, ...)."""
+    return (data.read(rows)[0] for rows in torch.arange(len(data), device="cpu").split(step_of(data.shape)))
+
+
 def moments(
     data: Data, *, takes: Condition | None = None, progress: bool = False
 ) -> tuple[Moments, dict[str, Moments]]:
@@ -105,12 +118,12 @@ def moments(
         ValueError: if the data have NaN or infinite values, or a channel or a value that is constant, or whose
             deviation is too small or too large for float32, or too small for its mean.
     """
-    found = _Sum("data", "channel", data=True)
-    others = {"features": _Sum("condition", "value"), "image": _Sum("condition", "channel")}
+    found = Sums("data", "channel", data=True)
+    others = {"features": Sums("condition", "value"), "image": Sums("condition", "channel")}
     others = {} if takes is None else {part: others[part] for part in takes.parts() if part in others}
     if takes is not None and takes.encoder:
         others.pop("features")
-    step = max(1, _VALUES // math.prod(data.shape))
+    step = step_of(data.shape)
     for first in tqdm(range(0, len(data), step), "measuring", unit="batch", leave=False, disable=not progress, delay=2):
         x, condition = data.read(torch.arange(first, min(first + step, len(data)), device="cpu"))
         found.add(x)

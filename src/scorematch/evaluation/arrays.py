@@ -27,6 +27,7 @@ from scorematch.core.processes import gathered
 from scorematch.core.randomness import seed_of
 from scorematch.core.scores import attribute
 from scorematch.data.array_data import ArrayData, check_finite, find_arrays
+from scorematch.data.moments import Sums, batches_of, step_of
 from scorematch.data.pictures import is_picture
 from scorematch.evaluation.estimate import Estimate
 from scorematch.evaluation.features import Extracted, Extractor
@@ -56,7 +57,7 @@ def reference_arrays(reference: Any, what: Any = None, *, named: bool = False) -
     data = find_arrays(reference, pictures=not named)
     if data is None or named or not is_picture(data.shape):
         return data
-    return None if float(values_of(data).abs().max()) <= 1 else data
+    return None if max(float(batch.abs().max()) for batch in batches_of(data)) <= 1 else data
 
 
 def values_of(data: ArrayData) -> Tensor:
@@ -88,15 +89,23 @@ class ArrayEvaluator:
             check_choice("each of metrics", each, METRICS)
         self.data, self._named = data, metrics is not None
         self.metrics = default_metrics("arrays") if metrics is None else tuple(metrics)
-        reference = values_of(data)
-        check_finite(reference, "the reference", data=False)
-        std, mean = torch.std_mean(reference.double().transpose(0, 1).flatten(1), 1)
-        shape = (-1, *[1] * (reference.ndim - 2))
-        self._mean, self._std = mean.view(shape), torch.where(std > 0, std, 1).view(shape)
-        self.reference = self._standard(reference)
+        found = Sums("the reference", "channel")
+        for batch in batches_of(data):
+            found.add(batch)
+        varies, shape = found.low < found.high, (-1, *[1] * (len(data.shape) - 1))
+        if not bool(varies.any()):
+            raise ValueError("the reference is constant. Pass data that vary.")
+        std = torch.where(varies, (found.squares / (found.n - 1)).sqrt(), 1)
+        self._mean, self._std = found.mean.view(shape), std.view(shape)
+        self.reference = self._standard(batches_of(data), len(data))
 
-    def _standard(self, x: Tensor) -> Tensor:
-        return ((x.double() - self._mean) / self._std).float()
+    def _standard(self, batches: Iterable[Tensor], n: int) -> Tensor:
+        """The n samples of batches, standardized; with many values no other tensor of all of them is made."""
+        made, first = torch.empty(n, *self.data.shape, dtype=torch.float32, device="cpu"), 0
+        for batch in batches:
+            made[first : first + len(batch)] = (batch.double() - self._mean) / self._std
+            first += len(batch)
+        return made
 
     def check(self, n: int, shape: Sequence[int]) -> dict[str, str]:
         """Checks that n samples of a shape (C, ...) can be measured, before they are drawn.
@@ -135,7 +144,8 @@ class ArrayEvaluator:
         """The figures of samples (n, C, ...) that can be measured, by name; ``gathered_values`` joins batches."""
         self._check_shape(samples.shape[1:])
         check_finite(samples, "the samples", data=False)
-        return self._measure(self._standard(samples), self.reference)
+        step = step_of(self.data.shape)
+        return self._measure(self._standard(samples.split(step), len(samples)), self.reference)
 
     def floor(self, n: int, seed: int) -> tuple[int, dict[str, Estimate]]:
         """The number of data that are measured against the rest of the reference, and their figures."""
@@ -147,10 +157,11 @@ class ArrayEvaluator:
     def gaussian(self, n: int, seed: int) -> dict[str, Estimate]:
         """The figures of n draws from the Gaussian with the mean and the covariance of the reference."""
         generator = torch.Generator().manual_seed(seed_of(seed, "gaussian"))
-        rows, mean = self.reference.flatten(1), self.reference.flatten(1).mean(0)
+        mean = self.reference.flatten(1).mean(0)
+        rows = self.reference.flatten(1) - mean
         sizes = [len(part) for part in torch.arange(n).split(_AT_ONCE)]
         weights = (torch.randn(size, len(rows), generator=generator, device="cpu") for size in sizes)
-        drawn = [mean + each @ (rows - mean) / (len(rows) - 1) ** 0.5 for each in weights]
+        drawn = [mean + each @ rows / (len(rows) - 1) ** 0.5 for each in weights]
         return self._measure(torch.cat(drawn).view(n, *self.reference.shape[1:]), self.reference)
 
     def _measure(self, x: Tensor, y: Tensor) -> dict[str, Estimate]:

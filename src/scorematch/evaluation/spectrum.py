@@ -13,15 +13,19 @@ its ends, in samples and data alike.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from scorematch.core.randomness import single_generator
 from scorematch.evaluation.distances import error_of, wasserstein
 from scorematch.evaluation.estimate import Estimate
+from scorematch.evaluation.rows import double, draw
 
 _MOST, _RESAMPLED = 0.99, 200  # the share of the power that is compared, and bootstrap samples
 _VALUES = 2**21  # values of each set that are sorted
+_AT_ONCE = 2**20  # values that are transformed together
 
 
 def power_spectrum(x: Tensor) -> Tensor:
@@ -39,11 +43,14 @@ def power_spectrum(x: Tensor) -> Tensor:
     if x.ndim < 3:
         raise ValueError(f"a spectrum is for signals and fields (N, C, ...), got shape {tuple(x.shape)}.")
     sides, axes = x.shape[2:], tuple(range(2, x.ndim))
-    power = torch.fft.fftn(x.double(), dim=axes, norm="forward").abs().square().flatten(2)
     along = [torch.fft.fftfreq(side, 1 / max(sides), dtype=torch.float64, device=x.device) for side in sides]
     lengths = sum(each.square() for each in torch.meshgrid(*along, indexing="ij"))
     shells = (lengths.sqrt() + 0.5).long().flatten()  # type: ignore[union-attr]
-    return power.new_zeros(*power.shape[:2], int(shells.max()) + 1).index_add_(2, shells, power)
+    found, count = [], int(shells.max()) + 1
+    for part in x.split(max(1, _AT_ONCE // math.prod(x.shape[1:]))):
+        power = torch.fft.fftn(part.double(), dim=axes, norm="forward").abs().square().flatten(2)
+        found.append(power.new_zeros(*power.shape[:2], count).index_add_(2, shells, power))
+    return torch.cat(found)
 
 
 def spectrum_error(
@@ -86,10 +93,12 @@ def values_distance(samples: Tensor, reference: Tensor) -> Estimate:
     Returns:
         The distance and its standard error over the samples.
     """
-    x, y = (each.double().reshape(*each.shape[:2], -1) for each in (samples, reference))
+    x, y = (each.reshape(*each.shape[:2], -1) for each in (samples, reference))
     step = max(1, x.shape[2] * max(len(x), len(y)) // _VALUES)
-    x, y = x[..., ::step], y[..., ::step]
-    found = [wasserstein(x[:, i].reshape(-1, 1), y[:, i].reshape(-1, 1)) for i in range(x.shape[1])]
-    value, h, g = (torch.stack(each) for each in zip(*found, strict=True))
-    over_x, over_y = (each.view(-1, *rows[:, 0].shape).mean((0, 2)) for each, rows in ((h, x), (g, y)))
+    places = draw(x.shape[2], max(1, x.shape[2] // step), single_generator(0)).sort().values.to(x.device)
+    x, y = (double(each[..., places]).movedim(2, 1) for each in (x, y))  # (N, ..., C)
+    columns = max(1, _VALUES // max(x.shape[:2].numel(), y.shape[:2].numel()))
+    parts = zip(*(each.flatten(0, 1).split(columns, 1) for each in (x, y)), strict=True)
+    value, h, g = (torch.cat(each, -1) for each in zip(*(wasserstein(*part) for part in parts), strict=True))
+    over_x, over_y = (each.view(rows.shape).mean((1, 2)) for each, rows in ((h, x), (g, y)))
     return Estimate(float(value.mean()), error_of(over_x, over_y))
