@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.nets import inference
 from scorematch.nets.family import structure
 from scorematch.nets.layers import ConditionalInstanceNormPlus
@@ -576,6 +576,28 @@ def test_a_copy_is_compiled_once_for_all_levels_and_runs(name, rng, compiler):
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
         counts.append(len(compiler))
     assert counts[0] > 0 and counts[-1] == counts[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("enabled", [False, True], ids=["float32", "bfloat16"])
+def test_a_step_of_training_compiles_to_one_graph_and_has_the_same_gradients(enabled, rng, compiler):
+    """In channels_last the group norm on a CPU is a function with its own derivatives, which divides a graph."""
+    net = ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1).to(memory_format=torch.channels_last)
+    x, noise = images(2, rng, channels=1, size=8), torch.randn(2, 1, 8, 8, generator=rng)
+    for parameter in net.parameters():  # the last convolution of a new network is zero, and so are most gradients
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=rng)
+    gradients = []
+    for compiled in (False, True):
+        if compiled:
+            net.backbone.compile(dynamic=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = dsm_loss(net, x.to(memory_format=torch.channels_last), sigma=0.3, noise=noise)
+        gradients.append(torch.autograd.grad(loss, [*net.parameters()], materialize_grads=True))
+    assert len(compiler) == 1
+    close = {"rtol": 0.1, "atol": 0.1} if enabled else {"rtol": 1e-4, "atol": 1e-4}
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, **close)
 
 
 def _raise(error):

@@ -164,7 +164,7 @@ class GroupNorm(nn.GroupNorm):
         channels_last = y.ndim == 4 and y.stride(1) == 1 and not y.is_contiguous()  # by strides: vmap supports it
         weight: Tensor = self.weight
         bias: Tensor = self.bias
-        if y.device.type == "cpu" and channels_last:
+        if y.device.type == "cpu" and channels_last and not torch.compiler.is_compiling():  # a compiler fuses its own
             y = group_norm_channels_last(y, weight, bias, self.num_groups, self.eps)
         elif y.device.type == "cpu":  # its kernel supports mixed dtypes
             y = F.group_norm(y, self.num_groups, weight, bias, self.eps)
