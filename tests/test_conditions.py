@@ -402,6 +402,8 @@ def test_an_encoder_needs_the_number_of_its_features():
     for build in (lambda **options: ScoreNet.mlp(2, **options), lambda **options: ScoreNet.unet(1, 8, **options)):
         with pytest.raises(ValueError, match="condition_encoder needs the number of its features"):
             build(condition_encoder=Encoder())
+        with pytest.raises(TypeError, match=r"must be a torch.nn.Module, which is trained with the network, got .*sum"):
+            build(condition_features=1, condition_encoder=torch.sum)  # the weights of a function would not be found
     ScoreNet.mlp(2, width=8)
     with pytest.raises(ValueError, match=r"holds a network without an encoder .*: leave out condition_encoder="):
         ScoreNet.from_pretrained("mnist", condition_encoder=Encoder())

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scorematch.core.messages import quote
 from scorematch.nets.layers import GroupNorm
 from scorematch.nets.space import Space
 
@@ -369,6 +370,10 @@ class VectorEmbedding(nn.Module):
 
     def __init__(self, values: int, width: int, encoder: nn.Module | None = None) -> None:
         super().__init__()
+        if encoder is not None and not isinstance(encoder, nn.Module):
+            raise TypeError(
+                f"condition_encoder must be a torch.nn.Module, which is trained with the network, got {quote(encoder)}."
+            )
         self.encoder = encoder
         self.register_buffer("mean", torch.zeros(values))
         self.register_buffer("std", torch.ones(values))
