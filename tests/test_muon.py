@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from scorematch import ScoreNet
+from scorematch.training import muon
 from scorematch.training.muon import Muon, matrices, orthogonal
 from tests.helpers import seed
 
@@ -56,6 +57,27 @@ def test_the_first_step_of_a_convolution_has_its_closed_form():
     torch.testing.assert_close(layer.weight.detach(), (1 - 0.05) * before - 0.1 * 0.2 * math.sqrt(18) * update)
     root_mean_square = update.square().mean().sqrt() * 0.2 * math.sqrt(18)
     assert 0.14 < root_mean_square < 0.24  # near that of AdamW, for every shape
+
+
+def test_matrices_in_groups_take_the_same_steps_as_alone(monkeypatch):
+    weights = []
+    for devices, values in ((("cpu",), 1), ((), 2**24), ((), 2 * 12)):  # each alone, all of one size, two of them
+        monkeypatch.setattr(muon, "_ALONE", devices)
+        monkeypatch.setattr(muon, "_GROUP_VALUES", values)
+        stacked = []
+        monkeypatch.setattr(muon, "orthogonal", lambda x, sizes=stacked: (sizes.append(len(x)), orthogonal(x))[1])
+        layers = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 4), nn.Linear(4, 3)])
+        for k, parameter in enumerate(layers.parameters()):
+            parameter.data = torch.randn(parameter.shape, generator=seed(k))
+        optimizer = Muon(layers.parameters(), matrices(layers), lr=0.1)
+        for step in range(2):
+            for k, parameter in enumerate(layers.parameters()):
+                parameter.grad = None if k == 2 and step == 0 else torch.randn(parameter.shape, generator=seed(9 * k))
+            optimizer.step()
+        weights.append([parameter.detach() for parameter in layers.parameters()])
+        assert stacked == {1: [1] * 7, 2**24: [2, 1, 3, 1], 24: [2, 1, 2, 1, 1]}[values]
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0])
 
 
 def test_the_matrices_of_a_network_are_those_of_its_layers():

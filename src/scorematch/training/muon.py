@@ -19,8 +19,8 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ _MOMENTUM = 0.95
 # An odd polynomial a s + b s^3 + c s^5, which moves singular values from (0, 1] to about 1 in five repetitions.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _REPETITIONS = 5
+# Matrices of one size are computed together, with fewer kernels, up to this number of values; on a CPU that is slower.
+_GROUP_VALUES = 2**24
+_ALONE = ("cpu",)
 
 
 def matrices(net: nn.Module) -> list[Tensor]:
@@ -38,20 +41,37 @@ def matrices(net: nn.Module) -> list[Tensor]:
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """A matrix with the singular vectors of ``x`` (m, n), whose singular values are between 0.7 and 1.2.
+    """Matrices with the singular vectors of ``x`` (..., m, n), whose singular values are between 0.7 and 1.2.
 
-    Values below a thousandth of the norm of ``x`` remain smaller. The polynomial is applied to the product of ``x`` and
-    its transpose, which is smaller than ``x``.
+    Values below a thousandth of the norm of a matrix remain smaller. The polynomial is applied to the product of ``x``
+    and its transpose, which is smaller than ``x``.
     """
-    wide = x if x.shape[0] <= x.shape[1] else x.T
-    wide = wide / wide.norm().clamp(min=1e-7)
-    gram, product = wide @ wide.T, torch.eye(len(wide), dtype=x.dtype, device=x.device)
-    for _ in range(_REPETITIONS):
-        factor = torch.addmm(_B * gram, gram, gram, alpha=_C)
-        factor.diagonal().add_(_A)
-        product, gram = factor @ product, factor @ gram @ factor
+    wide = x if x.shape[-2] <= x.shape[-1] else x.mT
+    wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
+    identity = torch.eye(wide.shape[-2], dtype=x.dtype, device=x.device)
+
+    def factor_of(gram: Tensor) -> Tensor:  # with s^2 for gram, the polynomial divided by s
+        return _A * identity + _B * gram + _C * (gram @ gram)
+
+    gram = wide @ wide.mT
+    product = factor = factor_of(gram)
+    for _ in range(_REPETITIONS - 1):
+        gram = factor @ gram @ factor
+        factor = factor_of(gram)
+        product = factor @ product
     wide = product @ wide
-    return wide if x.shape[0] <= x.shape[1] else wide.T
+    return wide if x.shape[-2] <= x.shape[-1] else wide.mT
+
+
+def _groups(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The parameters that have a gradient, in groups of one size."""
+    sizes: dict[torch.Size, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            sizes.setdefault(parameter.shape, []).append(parameter)
+    for size, group in sizes.items():
+        count = 1 if group[0].device.type in _ALONE else max(1, _GROUP_VALUES // size.numel())
+        yield from (group[start : start + count] for start in range(0, len(group), count))
 
 
 class Muon(torch.optim.AdamW):
@@ -72,17 +92,19 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         """Changes the parameters by one step; the gradients of the matrices are removed."""
         lr, decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
-        for parameter in self.matrices:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["momentum"] = torch.zeros_like(parameter)
-            state["step"] += 1
-            momentum = state["momentum"].lerp_(parameter.grad, 1 - _MOMENTUM)
-            update = orthogonal(parameter.grad.lerp(momentum, _MOMENTUM).flatten(1))
-            parameter.mul_(1 - lr * decay)
-            parameter.add_(update.view_as(parameter), alpha=-0.2 * lr * math.sqrt(max(update.shape)))
-            parameter.grad = None  # AdamW leaves out parameters without a gradient
+        for parameters in _groups(self.matrices):
+            updates = orthogonal(torch.stack([self._direction(parameter).flatten(1) for parameter in parameters]))
+            for parameter, update in zip(parameters, updates, strict=True):
+                parameter.mul_(1 - lr * decay)
+                parameter.add_(update.reshape(parameter.shape), alpha=-0.2 * lr * math.sqrt(max(update.shape)))
+                parameter.grad = None  # AdamW leaves out parameters without a gradient
         return super().step(closure)
+
+    def _direction(self, parameter: Tensor) -> Tensor:
+        """Adds the gradient to the momentum of a parameter, and returns the mean of both."""
+        gradient, state = cast(Tensor, parameter.grad), self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["momentum"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        return gradient.lerp(state["momentum"].lerp_(gradient, 1 - _MOMENTUM), _MOMENTUM)
