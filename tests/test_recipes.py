@@ -11,19 +11,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.core.cosines import Cosines
 from scorematch.core.records import as_stored
 from scorematch.data import open_arrays, open_images
+from scorematch.evaluation import exact
 from scorematch.nets.precondition import ROWS, Preconditioning
 from scorematch.nets.unet import UNET
 from scorematch.pretrained import score_sde
 from scorematch.pretrained.configuration import Stored, architecture
 from scorematch.restoration.palette import MultiTask
 from scorematch.sampling import SamplerSettings, data_moments, recommended_sampler
-from scorematch.training import RECIPES, recipes, train
+from scorematch.training import RECIPES, network_for, recipes, train
 from scorematch.training.flops import sampling_flop, training_flop
 from scorematch.training.recipes import growing
 from scorematch.training.report import expectation
-from scorematch.training.sampler import take_sampler
+from scorematch.training.sampler import FAITHFUL, take_sampler
 from scorematch.training.settings import TrainSettings
 from tests.helpers import on_meta, seed
 from tests.published import ScoreSDE
@@ -367,3 +369,58 @@ def test_other_networks_than_those_of_color_pictures_keep_their_samplers():
     net = _new(3)
     net.sampler_settings = SamplerSettings(levels=7)
     assert chosen(net, open_images(colors)) == SamplerSettings(levels=7)
+
+
+def _walks(n):
+    """Two channels of random walks, 250 +- 30 and 3 +- 0.1."""
+    steps = torch.randn(n, 2, 16, generator=seed(3))
+    return (steps - steps.mean(2, keepdim=True)).cumsum(2) * torch.tensor([[30.0], [0.1]]) + torch.tensor(
+        [[250.0], [3]]
+    )
+
+
+def test_signals_in_their_own_units_are_drawn_with_their_moments():
+    x = _walks(120)
+    net = network_for((2, 16))
+    net.fit_units(x)
+    take_sampler(net, open_arrays(x))
+    sampler, deviation = recommended_sampler(net), net.units.typical
+    assert (len(sampler), len(recommended_sampler(net, calls=36))) == (18, 36)
+    given = network_for((2, 16), condition_features=3)
+    given.fit_units(x)
+    take_sampler(given, open_arrays({"x": x, "condition": torch.rand(120, 3)}))
+    assert (len(recommended_sampler(given)), len(recommended_sampler(given, calls=18))) == (36, 18)
+    expected = data_moments(x, net=net)
+    assert sampler.data_mean == pytest.approx(expected["data_mean"], rel=1e-3)
+    assert sampler.data_spectrum == pytest.approx(expected["data_spectrum"], rel=1e-3)
+    highest = max(32 * deviation, 8 * max(expected["data_spectrum"]) ** 0.5)
+    assert [*sampler.schedule][::17] == pytest.approx([highest, 0.01 * deviation], rel=1e-2)
+
+    few, flat, named = network_for((2, 16)), network_for((3,)), network_for((2, 16))
+    named.sampler_settings = SamplerSettings(levels=7)
+    for other, data in ((few, x[:99]), (flat, x[:, 0, :3]), (named, x)):
+        other.fit_units(data)
+        take_sampler(other, open_arrays(data))
+    assert few.sampler_settings == flat.sampler_settings == FAITHFUL
+    assert named.sampler_settings == SamplerSettings(levels=7)
+
+
+@pytest.mark.parametrize("calls", [18, 36])
+def test_the_sampler_of_signals_keeps_the_variance_of_all_scales(calls):
+    """Signals with another spectrum than the moments: for a Gaussian the flow is linear in each cosine."""
+    x = _walks(200)[:, :1]
+    net = network_for((1, 16))
+    net.fit_units(x)
+    take_sampler(net, open_arrays(x))
+    first = net.sampler_settings
+    settings = first.alone() if calls == 18 else first.alternatives[0]
+    cosines, spectrum = Cosines(x), torch.tensor([settings.options["data_spectrum"]])
+    directions = cosines.inverse(torch.eye(16)[:, None])[:, 0].double()
+    factors = torch.logspace(-0.5, 0.5, 16, dtype=torch.float64)[torch.randperm(16, generator=seed(1))]
+    variance = cosines.spread(spectrum)[0, 0].double() * factors
+    mean = x.mean(0)[0].double()
+    normal = exact.Gaussian(mean, directions.T @ variance.diag() @ directions, sample_shape=(1, 16))
+    sampler = recommended_sampler(normal, settings)
+    init = mean + (float(sampler.schedule.sigmas[0]) ** 2 + variance).sqrt()[:, None] * directions
+    found = (sampler.sample(16, init=init[:, None], progress=False)[:, 0].double() - mean) @ directions.T
+    torch.testing.assert_close(found.diag().square() / variance, torch.ones(16).double(), rtol=0, atol=0.03)

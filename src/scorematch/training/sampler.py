@@ -2,7 +2,8 @@
 
 Color pictures are drawn with six network calls, whose steps are exact for normal data with the moments of the images
 (``scorematch.sampling.normal``). Gray pictures, such as digits, are often far from normal; they get eight calls of
-UniPC.
+UniPC. Signals, fields and volumes in their own units often have much more variance at large scales than at small ones;
+UniPC with their moments keeps both, in 18 calls, or 36 if the network takes a vector or an image.
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ _STARTS = {6: 32.0, 4: 16.0}  # the highest level for a number of calls, in stan
 _LOWEST = 0.03  # barely visible
 _MANY = SamplerSettings("ode", levels=18, method="dpm-solver++")
 _EIGHT = SamplerSettings("ode", levels=8, sigma_min=_LOWEST, method="unipc", alternatives=[_MANY])
+# With the exact score of a Gaussian, Heun's method with 18 levels (35 calls) has 4 % too much variance along axes of 17
+# deviations, 10 % along those of one, and 12 % along those of 0.3. These 36 calls are within 1 % for all of them.
+FAITHFUL = SamplerSettings("ode", levels=36, method="unipc")
 _FEWEST, _MOST, _VALUES = 100, 2000, 2**25  # the samples of which moments are measured, and the most values of them
+_LONGEST = 2048  # a side, whose cosines are a matrix
 
 
 def take_sampler(net: ScoreNet, data: Data) -> None:
-    """Chooses the recommended sampler of a network of pictures that has none, and measures the moments of a sampler.
+    """Chooses the recommended sampler of a network that has none, and measures the moments of a sampler.
 
+    Chosen are those of networks of pictures, and of data in their own units if the network has none or ``FAITHFUL``.
     The moments in the settings of a network, such as one that a run begins with, are replaced by those of the data. Of
     less than 100 samples they are not measured, and a sampler with those of another size is left out.
 
@@ -44,6 +50,9 @@ def take_sampler(net: ScoreNet, data: Data) -> None:
     if settings is None and _draws_pictures(net, data):
         moments = _moments(net, data) if data.shape[0] == 3 else {}
         net.sampler_settings = _few(net, moments) if moments else _EIGHT
+    elif settings in (None, FAITHFUL) and net.units is not None:
+        moments = _moments(net, data)
+        net.sampler_settings = _all_scales(net, net.units.typical, moments) if moments else FAITHFUL
     elif settings is not None and any("data_mean" in each.options for each in (settings, *settings.alternatives)):
         moments = _moments(net, data)
         bands = Cosines(torch.zeros(1, *data.shape)).bands
@@ -60,8 +69,8 @@ def _draws_pictures(net: ScoreNet, data: Data) -> bool:
 
 
 def _moments(net: ScoreNet, data: Data) -> Mapping[str, Any]:
-    """The moments of random samples; {} if there are too few."""
-    if len(data) < _FEWEST:
+    """The moments of random samples; {} if there are too few, for vectors, and for long sides."""
+    if len(data) < _FEWEST or not 0 < max(data.shape[1:], default=0) <= _LONGEST:
         return {}
     n = max(2, min(len(data), _MOST, _VALUES // math.prod(data.shape)))
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0), device="cpu")[:n].sort().values
@@ -71,15 +80,30 @@ def _moments(net: ScoreNet, data: Data) -> Mapping[str, Any]:
 def _few(net: ScoreNet, moments: Mapping[str, Any]) -> SamplerSettings:
     """6 calls of DPM-Solver++ of order 1; the alternatives have 4, and 18 without moments."""
     six, four = (
-        SamplerSettings("ode", method="dpm-solver++", order=1, sigmas=_levels(net, *each), **moments)
-        for each in _STARTS.items()
+        SamplerSettings("ode", method="dpm-solver++", order=1, sigmas=_levels(net, count, highest, _LOWEST), **moments)
+        for count, highest in ((count, start * math.sqrt(variance_of(net))) for count, start in _STARTS.items())
     )
     return six.alone([four, _MANY])
 
 
-def _levels(net: ScoreNet, count: int, start: float) -> list[float]:
-    highest = min(start * math.sqrt(variance_of(net)), net.schedule.sigma_max)
-    return [float(f"{sigma:.3g}") for sigma in NoiseSchedule.geometric(highest, _LOWEST, count)]
+def _all_scales(net: ScoreNet, deviation: float, moments: Mapping[str, Any]) -> SamplerSettings:
+    """18 calls of UniPC from far above the largest scale, whose deviation is a multiple of that of a value, and 36.
+
+    The data for one vector or image as the condition may be much narrower than all data. With a tenth of the variance
+    18 calls draw 3 % too much of it, and 36 calls 0.2 %.
+    """
+    highest = max(32 * deviation, 8 * math.sqrt(max(moments["data_spectrum"])))
+    few, many = (
+        SamplerSettings("ode", method="unipc", sigmas=_levels(net, count, highest, 0.01 * deviation), **moments)
+        for count in (18, 36)
+    )
+    narrow = net.conditioning is not None and bool(net.conditioning.vector or net.conditioning.channels)
+    return many.alone([few]) if narrow else few.alone([many])
+
+
+def _levels(net: ScoreNet, count: int, highest: float, lowest: float) -> list[float]:
+    schedule = NoiseSchedule.geometric(min(highest, net.schedule.sigma_max), lowest, count)
+    return [float(f"{sigma:.3g}") for sigma in schedule]
 
 
 def _measured(settings: SamplerSettings, moments: Mapping[str, Any]) -> SamplerSettings:
