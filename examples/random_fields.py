@@ -16,7 +16,7 @@ from torch import Tensor
 from scorematch import ScoreNet
 from scorematch.evaluation import power_spectrum, spectrum_error
 from scorematch.restoration import Mask, Observation, summary
-from scorematch.sampling import ODESampler
+from scorematch.sampling import ODESampler, recommended_sampler
 from scorematch.training import train
 
 SIDE = 32
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     left, *axes = figure.subplots(1, 6)
     for i, value in enumerate((2.0, 3.0, 4.0)):
         condition = torch.full((n, 1), value)
-        drawn = ODESampler(net, levels=36, method="unipc").sample(n, condition=condition, generator=0, progress=False)
+        drawn = recommended_sampler(net).sample(n, condition=condition, generator=0, progress=False)
         exact = fields(condition)
         error, floor = spectrum_error(drawn, exact), spectrum_error(fields(condition), exact)
         print(f"slope {value:g}: spectrum {error[0]}, largest {error[1]}; of new fields {floor[0]}, {floor[1]}")

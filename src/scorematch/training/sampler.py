@@ -50,7 +50,7 @@ def take_sampler(net: ScoreNet, data: Data) -> None:
     if settings is None and _draws_pictures(net, data):
         moments = _moments(net, data) if data.shape[0] == 3 else {}
         net.sampler_settings = _few(net, moments) if moments else _EIGHT
-    elif settings in (None, FAITHFUL) and net.units is not None:
+    elif settings in (None, FAITHFUL) and net.units is not None and not net.preconditioning.discrete:
         moments = _moments(net, data)
         net.sampler_settings = _all_scales(net, net.units.typical, moments) if moments else FAITHFUL
     elif settings is not None and any("data_mean" in each.options for each in (settings, *settings.alternatives)):
