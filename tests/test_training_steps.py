@@ -22,7 +22,7 @@ from scorematch.core.conditions import Condition
 from scorematch.core.randomness import seed_of
 from scorematch.data import open_images
 from scorematch.loss import sliced_score_matching_loss
-from scorematch.nets.precondition import Preconditioning
+from scorematch.nets.precondition import Preconditioning, Units
 from scorematch.restoration.palette import Inpainting
 from scorematch.training import LevelMixture, LogNormal, LogUniform, Settings, UniformTime, train, train_steps
 from scorematch.training.accelerator import make_accelerator
@@ -115,6 +115,21 @@ def test_the_weighting_backbone_is_the_inverse_of_c_out(precondition):
     for p in (1, 2):
         torch.testing.assert_close(weighting_for(net, "backbone", p)(sigma), c_out.abs().expand(3) ** -p)
     assert (weighting_for(net, None, 2) is None) == (precondition == "ncsn")
+
+
+def test_the_weighting_min_snr_is_that_of_the_velocity_for_images_from_minus_one_to_one():
+    schedule, sigma = NoiseSchedule.geometric(1, 0.01, 10), torch.tensor([0.01, 0.2, 0.25, 1.0])
+    images = ScoreNet(MLP(), schedule, precondition="karras", sample_shape=(2,), value_range=(0, 1))
+    ratio = (2 * sigma) ** -2  # of signal and noise, where images have half of the range, 1
+    expected = torch.tensor([5.0, 5, 4, 0.25]) / (ratio + 1)
+    for p, power in ((2, 1.0), (1, 0.5)):
+        factor = weighting_for(images, "min-snr", p)(sigma) / weighting_for(images, "backbone", p)(sigma)
+        torch.testing.assert_close(factor, expected**power)
+    wide = ScoreNet.unet(2, (8,), widths=(8,))
+    wide.units = Units((0.0, 0.0), (20.0, 1.0))  # of older networks, with a weight for each channel
+    sigma *= 4 * wide.preconditioning.data_std  # images have a deviation of 1/4
+    factor = weighting_for(wide, "min-snr", 2)(sigma) / weighting_for(wide, "backbone", 2)(sigma)
+    torch.testing.assert_close(factor, expected[:, None].expand(4, 2))
 
 
 @pytest.mark.slow

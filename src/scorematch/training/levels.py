@@ -22,14 +22,21 @@ weighting       w                         meaning
 ==============  ========================  ============================================================================
 "sigma"         :math:`\sigma^p`          the error of the predicted noise, equally weighted at every level (NCSN, DDPM)
 "backbone"      :math:`1 / |c_{out}|^p`   the error of the backbone's output, equally weighted at every level (EDM)
+"min-snr"       below                     that of "backbone", with less weight at low and at high levels
 ==============  ========================  ============================================================================
 
 For p = 2, a score of zero has a mean loss of D/2 with "sigma", where D is the number of values in an image. With
 "backbone", a backbone that returns zero has this loss if its target has unit variance.
 
+"min-snr" multiplies the squared error of the backbone's output by min(r, 5) / (r + 1), the factor of Hang et al. for
+networks that predict v. The ratio r of signal and noise is :math:`(2 s / \sigma)^2` for data of standard deviation s;
+for images 2 s is half of the range, so that r is the ratio of Hang et al. Short trainings of images learn more of what
+samples are judged by (docs/recipes.md).
+
 References:
     Song & Ermon, 2019, arXiv:1907.05600, Eq. 6. Song et al., 2021, arXiv:2011.13456, App. C.
     Karras et al., 2022, Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364, Table 1.
+    Hang et al., 2023, Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv:2303.09556, Section 3.4.
 """
 
 from __future__ import annotations
@@ -46,14 +53,16 @@ from torch import Tensor
 
 from scorematch.core.messages import quote
 from scorematch.core.randomness import seed_of
+from scorematch.core.scores import variance_of
 from scorematch.nets.precondition import ROWS
 from scorematch.noise import NoiseSchedule
 from scorematch.score import ScoreNet
 
 __all__ = ["LevelMixture", "Levels", "LogNormal", "LogUniform", "UniformTime", "levels_for", "weighting_for"]
 
-Weighting = Literal["sigma", "backbone"]
+Weighting = Literal["sigma", "backbone", "min-snr"]
 
+_LARGEST_RATIO = 5.0  # gamma of Hang et al.
 _POOLED = 2**14  # the number of levels with which a mixture represents each of its parts
 
 
@@ -271,9 +280,9 @@ def weighting_for(
 
     Args:
         net: the network to train.
-        weighting: "sigma" (w = sigma^p), "backbone" (w = 1 / abs(c_out)^p), or a function of sigma (N,), which is
-            returned unchanged. None is "sigma" for the preconditioning "ncsn", whose backbone predicts the score
-            itself, and "backbone" for every other.
+        weighting: "sigma" (w = sigma^p), "backbone" (w = 1 / abs(c_out)^p), "min-snr", or a function of sigma (N,),
+            which is returned unchanged. None is "sigma" for the preconditioning "ncsn", whose backbone predicts the
+            score itself, and "backbone" for every other.
         p: the power of the loss.
 
     Returns:
@@ -290,10 +299,15 @@ def weighting_for(
         )
     if weighting == "sigma":
         return None
-    preconditioning = net.preconditioning
+    preconditioning, variance = net.preconditioning, variance_of(net)
 
     def inverse(sigma: Tensor) -> Tensor:
         c_out = torch.as_tensor(preconditioning.coefficients(sigma).c_out, device=sigma.device)
         return c_out.abs().pow(-p).expand(*sigma.shape, *c_out.shape[1:])
 
-    return inverse
+    def limited(sigma: Tensor) -> Tensor:
+        ratio, weights = 4 * variance / sigma.square(), inverse(sigma)
+        factor = (ratio.clamp(max=_LARGEST_RATIO) / (ratio + 1)).pow(p / 2)
+        return weights * factor.view(-1, *[1] * (weights.ndim - 1))
+
+    return limited if weighting == "min-snr" else inverse
