@@ -277,7 +277,7 @@ def growing(side: int) -> Recipe:
     def levels(mean: float) -> LogNormal:
         return LogNormal(mean - math.log(2), 1.2)  # for images in [0, 1]
 
-    later = {"lr": 7e-3, "levels": levels(-1.3 if large else -1.5)}
+    later = {"lr": 7e-3, "levels": levels(-1.3 if large else -1.5), "weighting": "backbone"}
     pixels = {"attention": (True,) * 3, "pixel_channels": 32 if large else 64}
     blocks = {"layers_per_block": (2, 2, 1), "pixel_layers": 3 if large else 2}
     recipe = Recipe(
@@ -294,6 +294,7 @@ def growing(side: int) -> Recipe:
             "optimizer": "muon",
             "lr": 0.01,
             "levels": levels(-1.0 if large else -1.2),
+            "weighting": "min-snr",
             "growth": (Stage(0.35, pixels, later, fewest=500_000), Stage(0.35, blocks, later, fewest=1_200_000)),
         },
         of_side=growing,
