@@ -256,11 +256,12 @@ def growing(side: int) -> Recipe:
             resolution instead of two (six from 46 px on)
     ======  ======================================================  ================================  ===============
 
-    Each stage has the optimizer Muon with a warm-up and a decay to zero, batches of 64, and averages of relative length
-    0.05 and 0.10. The logarithm of the levels, in units in which images are in [-1, 1], is normal with this mean and
-    deviation 1.2. A patch has the power of two, at least 2, for which the side is nearest to 16 patches: 2 to 45 px, 4
-    from 46 to 90 px. A run of less than 500,000 images has the first stage only, with the widths 48, 96 and 128, and
-    one of less than 1.2 million the first two. The channels and the classes of the images change nothing else.
+    The loss of the first stage has the weighting "min-snr", that of the others EDM's. Each stage has the optimizer Muon
+    with a warm-up and a decay to zero, batches of 64, and averages of relative length 0.05 and 0.10. The logarithm of
+    the levels, in units in which images are in [-1, 1], is normal with this mean and deviation 1.2. A patch has the
+    power of two, at least 2, for which the side is nearest to 16 patches: 2 to 45 px, 4 from 46 to 90 px. A run of less
+    than 500,000 images has the first stage only, with the widths 48, 96 and 128, and one of less than 1.2 million the
+    first two. The channels and the classes of the images change nothing else.
 
     Args:
         side: the side of the images, or the shorter one, in pixels, at least 16.
