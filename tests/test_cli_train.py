@@ -358,6 +358,15 @@ def test_without_options_the_settings_are_those_of_the_recipe(tmp_path, calls):
     assert RECIPES["ncsn-mnist"].options().items() <= found.items() and found["lr"] == 1e-3 and found["ema"] == ()
 
 
+@pytest.mark.parametrize(("shape", "weighting"), [((28, 28), None), ((28, 28, 3), "min-snr")])
+def test_growing_has_a_weighting_for_color_images_only(shape, weighting, tmp_path, calls, monkeypatch):
+    np.savez(tmp_path / "data.npz", images=np.zeros((64, *shape), np.uint8))
+    monkeypatch.setattr(command, "_announce", lambda *arguments: None)
+    arguments = ["--out", str(tmp_path / "run"), "--recipe", "growing", "--image-size", "28", "--images", "640"]
+    assert main(["train", str(tmp_path / "data.npz"), *arguments]) == 0
+    assert TrainSettings(**calls[0][3]).weighting == weighting
+
+
 @pytest.mark.slow
 def test_start_without_a_recipe_trains_the_given_network(faces, run, tmp_path, calls, monkeypatch, capsys):
     start = str(run[0] / "network")
@@ -407,7 +416,7 @@ def test_start_must_be_the_network_of_the_recipe(faces, run, tmp_path, capsys):
     arguments = ["train", faces, "--out", tmp_path / "run", "--start", start, "--recipe", "ncsn-cifar10", "--dry-run"]
     error = refused([*arguments, "--image-size", "8", "--batch-size", "8", "--quiet", "--device", "cpu"], capsys)
     assert error.startswith(f"scorematch: --start {start} is not the same network as the one to train: ")
-    assert "precondition is 'karras' instead of 'ncsn'" in error and error.endswith(
+    assert "family is 'unet' instead of 'ncsn'" in error and error.endswith(
         ", or on the command line leave out --recipe.\n"
     )
 

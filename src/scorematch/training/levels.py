@@ -30,8 +30,8 @@ For p = 2, a score of zero has a mean loss of D/2 with "sigma", where D is the n
 
 "min-snr" multiplies the squared error of the backbone's output by min(r, 5) / (r + 1), the factor of Hang et al. for
 networks that predict v. The ratio r of signal and noise is :math:`(2 s / \sigma)^2` for data of standard deviation s;
-for images 2 s is half of the range, so that r is the ratio of Hang et al. Short trainings of images learn more of what
-samples are judged by (docs/recipes.md).
+for images 2 s is half of the range, so that r is the ratio of Hang et al. Short trainings on color images draw better
+samples with it, and those on digits worse ones (docs/recipes.md).
 
 References:
     Song & Ermon, 2019, arXiv:1907.05600, Eq. 6. Song et al., 2021, arXiv:2011.13456, App. C.
