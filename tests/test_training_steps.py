@@ -117,19 +117,22 @@ def test_the_weighting_backbone_is_the_inverse_of_c_out(precondition):
     assert (weighting_for(net, None, 2) is None) == (precondition == "ncsn")
 
 
-def test_the_weighting_min_snr_is_that_of_the_velocity_for_images_from_minus_one_to_one():
+@pytest.mark.parametrize("precondition", ["ncsn", "ddpm", "karras", "flow"])
+def test_the_weighting_min_snr_limits_the_weight_of_the_denoised_image_to_five(precondition):
     schedule, sigma = NoiseSchedule.geometric(1, 0.01, 10), torch.tensor([0.01, 0.2, 0.25, 1.0])
-    images = ScoreNet(MLP(), schedule, precondition="karras", sample_shape=(2,), value_range=(0, 1))
-    ratio = (2 * sigma) ** -2  # of signal and noise, where images have half of the range, 1
-    expected = torch.tensor([5.0, 5, 4, 0.25]) / (ratio + 1)
-    for p, power in ((2, 1.0), (1, 0.5)):
-        factor = weighting_for(images, "min-snr", p)(sigma) / weighting_for(images, "backbone", p)(sigma)
-        torch.testing.assert_close(factor, expected**power)
-    wide = ScoreNet.unet(2, (8,), widths=(8,))
-    wide.units = Units((0.0, 0.0), (20.0, 1.0))  # of older networks, with a weight for each channel
-    sigma *= 4 * wide.preconditioning.data_std  # images have a deviation of 1/4
-    factor = weighting_for(wide, "min-snr", 2)(sigma) / weighting_for(wide, "backbone", 2)(sigma)
-    torch.testing.assert_close(factor, expected[:, None].expand(4, 2))
+    images = ScoreNet(MLP(), schedule, precondition=precondition, sample_shape=(2,), value_range=(0, 1))
+    of_score = weighting_for(images, "min-snr", 2)(sigma)
+    of_image = of_score / sigma**4  # the denoised image is x + sigma^2 times the score
+    torch.testing.assert_close(of_image, 4 * torch.tensor([5.0, 5, 4, 0.25]))  # of images from -1 to 1, divided by 4
+    torch.testing.assert_close(weighting_for(images, "min-snr", 1)(sigma), of_score.sqrt())
+
+
+def test_the_weighting_min_snr_follows_the_units_of_the_data():
+    field = ScoreNet.unet(2, (8,), widths=(8,))
+    field.units, ratio = Units((250.0, 0.0), (20.0, 20.0)), torch.tensor([10.0, 5, 4, 0.25])
+    sigma = 40 / ratio.sqrt()  # twice the deviation is the signal
+    expected = torch.tensor([0.5, 1, 1, 1]) * sigma**2
+    torch.testing.assert_close(weighting_for(field, "min-snr", 2)(sigma), expected)
 
 
 @pytest.mark.slow

@@ -22,16 +22,16 @@ weighting       w                         meaning
 ==============  ========================  ============================================================================
 "sigma"         :math:`\sigma^p`          the error of the predicted noise, equally weighted at every level (NCSN, DDPM)
 "backbone"      :math:`1 / |c_{out}|^p`   the error of the backbone's output, equally weighted at every level (EDM)
-"min-snr"       below                     that of "backbone", with less weight at low and at high levels
+"min-snr"       below                     that of "sigma", with less weight at low levels (Hang et al.)
 ==============  ========================  ============================================================================
 
 For p = 2, a score of zero has a mean loss of D/2 with "sigma", where D is the number of values in an image. With
 "backbone", a backbone that returns zero has this loss if its target has unit variance.
 
-"min-snr" multiplies the squared error of the backbone's output by min(r, 5) / (r + 1), the factor of Hang et al. for
-networks that predict v. The ratio r of signal and noise is :math:`(2 s / \sigma)^2` for data of standard deviation s;
-for images 2 s is half of the range, so that r is the ratio of Hang et al. Short trainings on color images draw better
-samples with it, and those on digits worse ones (docs/recipes.md).
+"min-snr" is :math:`\sigma^p \min(1, 5 / r)^{p/2}`: for p = 2, the squared error of the denoised image is weighted by
+min(r, 5). The ratio r of signal and noise is :math:`(2 s / \sigma)^2` for data of standard deviation s; for images 2 s
+is half of the range, so that r is the ratio of Hang et al. Short trainings on color images draw better samples with it,
+and those on digits worse ones (docs/recipes.md).
 
 References:
     Song & Ermon, 2019, arXiv:1907.05600, Eq. 6. Song et al., 2021, arXiv:2011.13456, App. C.
@@ -299,15 +299,13 @@ def weighting_for(
         )
     if weighting == "sigma":
         return None
-    preconditioning, variance = net.preconditioning, variance_of(net)
+    if weighting == "min-snr":
+        limit = math.sqrt(4 * variance_of(net) / _LARGEST_RATIO)  # sigma where r = 5
+        return lambda sigma: (sigma * (sigma / limit).clamp(max=1)).pow(p)
+    preconditioning = net.preconditioning
 
     def inverse(sigma: Tensor) -> Tensor:
         c_out = torch.as_tensor(preconditioning.coefficients(sigma).c_out, device=sigma.device)
         return c_out.abs().pow(-p).expand(*sigma.shape, *c_out.shape[1:])
 
-    def limited(sigma: Tensor) -> Tensor:
-        ratio, weights = 4 * variance / sigma.square(), inverse(sigma)
-        factor = (ratio.clamp(max=_LARGEST_RATIO) / (ratio + 1)).pow(p / 2)
-        return weights * factor.view(-1, *[1] * (weights.ndim - 1))
-
-    return limited if weighting == "min-snr" else inverse
+    return inverse
