@@ -95,12 +95,11 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
     **Loss.** ``levels`` is a NoiseSchedule, whose levels are drawn equally often; ``LogNormal``, ``LogUniform``,
     ``UniformTime``, a ``LevelMixture`` of these, or any object with their method ``quantile``. None is EDM's log-normal
     distribution for the preconditioning "karras", and the network's own schedule for every other. ``weighting`` is
-    "sigma" (sigma^p), "backbone" (1 / abs(c_out)^p), "min-snr" (that of "sigma", with less weight at low levels: Hang et
-    al. 2023, arXiv:2303.09556), or a function of sigma (N,). None is "sigma" for the preconditioning "ncsn" and
-    "backbone" for every other. A function ``loss`` is called as ``loss(net, x, sigma=,
-    noise=, condition=, mask=)``, where the last two are omitted if there are none, and returns one value per image
-    (N,), such as ``partial(sliced_score_matching_loss, reduction="none")``; losses with second derivatives cannot be
-    compiled.
+    "sigma" (sigma^p), "backbone" (1 / abs(c_out)^p), "min-snr" (that of "sigma", with less weight at low levels: Hang
+    et al. 2023, arXiv:2303.09556), or a function of sigma (N,). None is "sigma" for the preconditioning "ncsn" and
+    "backbone" for every other. A function ``loss`` is called as ``loss(net, x, sigma=, noise=, condition=, mask=)``,
+    where the last two are omitted if there are none, and returns one value per image (N,), such as
+    ``partial(sliced_score_matching_loss, reduction="none")``; losses with second derivatives cannot be compiled.
 
     **Conditions.** ``condition`` is called as ``task(x, generator)`` and returns the condition, or (condition, mask),
     such as the tasks of ``scorematch.restoration.palette``; all its random numbers must be drawn from the generator.
