@@ -9,7 +9,18 @@ from torch import distributions
 from scorematch import AnnealedLangevinSampler, NoiseSchedule
 from scorematch.evaluation import exact as module
 from scorematch.evaluation.exact import Empirical, Gaussian, GaussianMixture, operator_matrix
-from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Matrix, Observation, Uncrop
+from scorematch.restoration import (
+    JPEG,
+    AveragePool,
+    Fourier,
+    FourierLines,
+    GaussianBlur,
+    Grayscale,
+    Mask,
+    Matrix,
+    Observation,
+    Uncrop,
+)
 from scorematch.sampling import ODESampler
 from tests.helpers import gaussian_images, run, seed
 
@@ -193,6 +204,28 @@ def test_the_evidence_with_a_noise_level_for_each_value_and_with_a_covariance():
     assert world.log_evidence(Observation(Mask(torch.tensor([False])), y)) == pytest.approx(0)
     with pytest.raises(ValueError, match=r"y has no density, since its values determine each other\. Pass sigma above"):
         Gaussian([0.0], 1.0).log_evidence(Observation(Matrix(torch.ones(2, 1)), torch.ones(1, 2)))
+
+
+BLUR, LEFT, TOP = GaussianBlur(0.3), torch.arange(4) < 2, torch.arange(4)[:, None] < 3
+LINES = (torch.arange(4) % 2 == 0).expand(4, 4)
+WITH_THEIR_MASKS = {  # the same measurement, written with the mask of what is observed
+    "lines": (FourierLines(2), Fourier(LINES)),
+    "lines of a gray image": (FourierLines(2) @ Grayscale(), Fourier(LINES) @ Grayscale()),
+    "mask of lines": (Mask(TOP) @ FourierLines(2), Fourier(TOP & LINES)),
+    "mask of a mask of a blur": (Mask(LEFT) @ (Mask(TOP) @ BLUR), Mask(LEFT & TOP) @ BLUR),
+}
+
+
+@pytest.mark.parametrize("name", WITH_THEIR_MASKS)
+def test_values_that_the_inner_operator_does_not_observe_are_ignored(name):
+    operator, same = WITH_THEIR_MASKS[name]
+    world = mixture()
+    y, sigma = same.measure(world.sample(1, 1, torch.float64)) + 0.3, 0.5
+    known = Observation(same, y, sigma)
+    observation = Observation(operator, torch.where(known.mask, y, math.nan), sigma)
+    assert torch.equal(observation.mask.expand_as(y), known.mask.expand_as(y))
+    assert world.log_evidence(observation) == pytest.approx(world.log_evidence(known))
+    torch.testing.assert_close(world.posterior(observation).means, world.posterior(known).means)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -418,7 +418,8 @@ def _in_pixels(
         values[RESTORED, RESTORATION, "rmse of the mean"] = _mean_square(torch.stack(list(restored)).mean(0) - x)
         apart = [_mean_square(a - b) for a, b in combinations(restored, 2)]
         values[RESTORED, RESTORATION, "diversity"] = torch.stack(apart).mean(0)
-    mask = torch.ones_like(y) if operator.mask is None else operator.mask.expand_as(y).to(y)
+    mask = operator.mask_of(y)
+    mask = torch.ones_like(y) if mask is None else mask.expand_as(y).to(y)
     residuals = [((operator.measure(images) - y) * mask).square().flatten(1).sum(1) for images in restored]
     consistency = torch.stack(residuals).mean(0) / mask.flatten(1).sum(1).clamp(min=1)
     values[RESTORED, RESTORATION, "consistency"] = consistency

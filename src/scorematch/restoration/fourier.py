@@ -193,6 +193,10 @@ class FourierLines(Fourier):
         self.every, self.center = check_count("every", every), center
         self.mask, self.axes, self.sensitivities, self.complex = None, 2, None, False
 
+    def mask_of(self, y: Tensor) -> Tensor:
+        """The sampled columns (W,)."""
+        return self._sampled(y)
+
     def _sampled(self, x: Tensor) -> Tensor:
         if x.ndim != 4:
             raise ValueError(f"{self!r} needs images (N, C, H, W), got shape {tuple(x.shape)}.")

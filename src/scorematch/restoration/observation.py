@@ -74,7 +74,7 @@ class Observation:
             )
         check_data(self.y, "y")
         self._set(operator=self.operator.with_axes(self.y.ndim), sigma=_check_noise(self.sigma, self.y))
-        mask = self.operator.mask
+        mask = self.operator.mask_of(self.y)
         if isinstance(self.sigma, Tensor):
             measured = self.sigma.isfinite()
             mask = measured if mask is None else mask.to(measured.device) & measured

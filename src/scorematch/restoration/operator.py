@@ -152,6 +152,10 @@ class Operator(ABC):
         """
         return None
 
+    def mask_of(self, y: Tensor) -> Tensor | None:
+        """The mask of a measurement like y; the default is ``mask``, which does not depend on the sizes of y."""
+        return self.mask
+
     def __matmul__(self, inner: Operator) -> Operator:
         """``(A @ B).measure(x)`` is ``A.measure(B.measure(x))``.
 
@@ -375,6 +379,14 @@ class _Composition(Operator):
         """The mask carried through the inner operator, then through the outer one."""
         between = self.inner.carry_mask(mask)
         return None if between is None else self.outer.carry_mask(between)
+
+    def mask_of(self, y: Tensor) -> Tensor | None:
+        """Also without a gain, what the outer operator observes of the values that the inner one observes."""
+        own, inner = self.outer.mask_of(y), None
+        if self.gain is None and self.outer.gain is not None:
+            inner = self.inner.mask_of(self.outer.pseudo_inverse(y))
+        carried = self.mask if inner is None else self.outer.carry_mask(inner)
+        return carried if own is None else own if carried is None else own & carried.to(own.device)
 
     def drawn(self, x: Tensor, seeds: Sequence[int]) -> Operator:
         """The composition of both, drawn from the same seeds."""
