@@ -175,6 +175,28 @@ def test_posteriors_in_units_are_those_in_standard_units(name):
         assert torch.allclose((x - mean) / (2 * std), expected, atol=2e-3, rtol=2e-3), name
 
 
+def test_the_evidence_in_units_is_that_in_standard_units_divided_by_the_units_of_y():
+    own, standard, mean, std = points()
+    u, all_but_one = torch.randn(1, 3, generator=seed()), Mask(torch.tensor([True, True, False]))
+    for operator in (all_but_one, Linear(lambda x: x[:, :1] + 10000 * x[:, 1:2])):
+        y = operator.measure(mean + 2 * std * u)
+        whole = Linear(lambda u, operator=operator: operator.measure(2 * std * u))
+        if operator is all_but_one:
+            scale = operator.measure((2 * std)[None])[:, :2]
+            noise = torch.tensor([[6.0, 0.001, torch.inf]])
+            in_standard = Observation(operator, operator.measure(u), noise / (2 * std))
+        else:
+            scale, noise = torch.ones(1, 1), torch.tensor([[6.0]])
+            in_standard = Observation(whole, whole.measure(u), noise)
+        found, expected = (
+            ParticleSampler(net, particles=4, levels=5, precision="float32")
+            .population(each, 3, generator=0, progress=False)
+            .log_evidence
+            for net, each in ((own, Observation(operator, y, noise)), (standard, in_standard))
+        )
+        assert torch.allclose(found + scale.log().sum(), expected, atol=2e-3)
+
+
 class Known(NetworkScore):
     """The score of normal signals whose noise is relative to the deviation of each channel."""
 

@@ -65,6 +65,7 @@ class Observation:
     sigma: Noise = 0.0
     shape: tuple[int, ...] | None = field(init=False, default=None)
     mask: Tensor | None = field(init=False, default=None)
+    _unit: Tensor | None = field(init=False, default=None)  # the t of ``scaled``
 
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator):
@@ -179,8 +180,13 @@ class Observation:
                 operator = Linear(lambda y: y / t) @ operator @ inner
             t = torch.where(length > 0, t, t.max())  # any number for a value that depends on nothing
         new = copy.copy(self)
-        new._set(operator=operator.with_axes(self.y.ndim), y=self.y / t, sigma=_divided(self.sigma, t))
+        new._set(operator=operator.with_axes(self.y.ndim), y=self.y / t, sigma=_divided(self.sigma, t), _unit=t)
         return new
+
+    def log_unit(self) -> Tensor:
+        """The sum of log t of ``scaled`` over the observed values (N,), by which log p(y / t) exceeds log p(y)."""
+        t = torch.ones_like(self.y) if self._unit is None else self._unit.expand_as(self.y)
+        return self.observed(t.log()).flatten(1).sum(1)
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether the measurement of samples of a shape has the shape of y."""

@@ -69,9 +69,9 @@ class Twist(Restoration):
         else:
             gain = operator.gain
             self._spread = _spread(observation, variance, x) if gain is None else torch.tensor(gain, device=x.device)
-        self._beside = torch.zeros((), device=x.device)
+        self._beside = -observation.log_unit()  # the log-density of what has no spread, in the units of y
         if self._along is not None and isinstance(observation.sigma, float) and observation.sigma > 0:
-            self._beside = _log_beside(observation, self._along, observation.sigma**2, self._spread > 0)
+            self._beside = self._beside + _log_beside(observation, self._along, observation.sigma**2, self._spread > 0)
 
     def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
         """The score of the method."""
@@ -91,7 +91,8 @@ class Twist(Restoration):
         variance = torch.maximum(noise, spread) if end else noise + spread
         residual = observation.residual(observation.operator.measure(x))
         if self._along is None:
-            return _log_normal(residual, variance, observation.observed(torch.ones_like(residual)) > 0)
+            seen = observation.observed(torch.ones_like(residual)) > 0
+            return _log_normal(residual, variance, seen) + self._beside
         values = self._along(residual)
         return _log_normal(values, variance, (spread > 0).expand_as(values)) + self._beside
 
