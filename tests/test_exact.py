@@ -9,6 +9,7 @@ from torch import distributions
 from scorematch import AnnealedLangevinSampler, NoiseSchedule
 from scorematch.evaluation import exact as module
 from scorematch.evaluation.exact import Empirical, Gaussian, GaussianMixture, operator_matrix
+from scorematch.evaluation.measurement import noise_of
 from scorematch.restoration import (
     JPEG,
     AveragePool,
@@ -197,6 +198,13 @@ def test_the_evidence_with_a_noise_level_for_each_value_and_with_a_covariance():
     )  # fmt: skip
     for sigma in (noise, lambda r: r / noise**2):
         assert world.log_evidence(Observation(everything, y.double(), sigma)) == pytest.approx(expected)
+    p = torch.tensor([[2.0, 0.8], [0.8, 1.0]], dtype=torch.float64)
+    first = Observation(Mask(torch.tensor([True, False])), y.double(), lambda r: r @ p)
+    same = Observation(first.operator, first.y, 0.5**0.5)
+    assert world.log_evidence(first) == pytest.approx(world.log_evidence(same))
+    torch.testing.assert_close(world.posterior(first).means, world.posterior(same).means)
+    many = Observation(first.operator, first.y.expand(4000, 2), first.sigma)
+    assert float(noise_of(many, seed())[:, 0].var()) == pytest.approx(0.5, rel=0.1)
     one = torch.tensor([[0.3, math.inf]], dtype=torch.float64)
     single = GaussianMixture([0.7, 0.3], [[0.0], [1.0]], 1.0)
     expected = single.log_evidence(Observation(everything, y[:, :1].double(), 0.3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -59,13 +60,15 @@ def _noise_covariance(observation: Observation) -> Tensor:
         return y.new_tensor(observation.sigma**2)
     if isinstance(observation.sigma, Tensor):
         return observation.covariance(torch.ones_like(y)).flatten().diag()
-    return torch.linalg.inv(_precision(observation.sigma, y))
+    return torch.linalg.inv(_precision(observation))
 
 
-def _precision(product: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
-    """The matrix (M, M) of the product with the inverse of the covariance of the noise of y (N, ...)."""
-    units = torch.eye(y[0].numel(), dtype=y.dtype, device=y.device).view(-1, *y.shape[1:])
-    return product(units).flatten(1)
+def _precision(observation: Observation) -> Tensor:
+    """The inverse of the covariance of the noise (M, M), a function, of the first sample; 1 where y is not observed."""
+    y, product = observation.y[:1].double(), cast(Callable[[Tensor], Tensor], observation.sigma)
+    seen = observation.rows(slice(0, 1)).observed(torch.ones_like(y)).flatten()
+    units = torch.eye(y.numel(), dtype=y.dtype, device=y.device).view(-1, *y.shape[1:])
+    return product(units).flatten(1) * seen * seen[:, None] + (1 - seen).diag()
 
 
 def noise_of(observation: Observation, generator: torch.Generator | None) -> Tensor:
@@ -74,5 +77,5 @@ def noise_of(observation: Observation, generator: torch.Generator | None) -> Ten
     z = standard_normal(y.shape, generator, y.device, y.dtype)
     if not callable(sigma):
         return sigma * z if isinstance(sigma, float) else torch.where(sigma.isfinite(), sigma * z, 0)
-    root = torch.linalg.cholesky(_precision(sigma, y.double()))  # P = L L^T, so that L^-T z has the covariance P^-1
+    root = torch.linalg.cholesky(_precision(observation))  # P = L L^T, so that L^-T z has the covariance P^-1
     return torch.linalg.solve_triangular(root.T, z.double().flatten(1).T, upper=True).T.reshape(z.shape).to(y)

@@ -41,7 +41,8 @@ class Observation:
             used for any number of samples. Values that are not observed are ignored and may be NaN.
         sigma: the noise of y, in the units of y, such as those of images in [0, 1]. A number: the standard deviation of
             all values; 0 is no noise. A tensor that broadcasts to y: that of each value, where infinity means "not
-            measured". A function: the product of a batch like y with the inverse of the covariance, row by row.
+            measured". A function: the product of a batch like y with the inverse of the covariance, row by row;
+            its rows and columns of values that are not observed are left out.
 
     Attributes:
         shape: the shape of one sample, or None if y does not determine it. A sampler then takes that of the network, or
