@@ -358,15 +358,6 @@ def test_without_options_the_settings_are_those_of_the_recipe(tmp_path, calls):
     assert RECIPES["ncsn-mnist"].options().items() <= found.items() and found["lr"] == 1e-3 and found["ema"] == ()
 
 
-@pytest.mark.parametrize(("shape", "weighting"), [((28, 28), None), ((28, 28, 3), "min-snr")])
-def test_growing_has_a_weighting_for_color_images_only(shape, weighting, tmp_path, calls, monkeypatch):
-    np.savez(tmp_path / "data.npz", images=np.zeros((64, *shape), np.uint8))
-    monkeypatch.setattr(command, "_announce", lambda *arguments: None)
-    arguments = ["--out", str(tmp_path / "run"), "--recipe", "growing", "--image-size", "28", "--images", "640"]
-    assert main(["train", str(tmp_path / "data.npz"), *arguments]) == 0
-    assert TrainSettings(**calls[0][3]).weighting == weighting
-
-
 @pytest.mark.slow
 def test_start_without_a_recipe_trains_the_given_network(faces, run, tmp_path, calls, monkeypatch, capsys):
     start = str(run[0] / "network")

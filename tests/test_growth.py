@@ -30,7 +30,9 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 SMALL = {"widths": (4,), "layers_per_block": 1, "attention": [False], "patch": 2, "pixel_channels": 4}
 GROWTH = (
     Stage(0.25, {"pixel_channels": 8, "attention": (True,)}, {"lr": 7e-4, "levels": LogNormal(-2.0, 1.2)}),
-    Stage(0.5, {"layers_per_block": 2, "pixel_layers": 2}, {"batch_size": 16, "optimizer": "muon"}),
+    Stage(
+        0.5, {"layers_per_block": 2, "pixel_layers": 2}, {"batch_size": 16, "optimizer": "muon", "fixed_norms": True}
+    ),
 )
 RUN = {"images": 95, "batch_size": 8, "growth": GROWTH, "ema": (0.05,), "log_every": 24, "progress": False}
 RUN |= {"snapshot_every": 10**6}  # at the end of each stage only; the batches have 96 images

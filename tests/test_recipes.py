@@ -137,10 +137,9 @@ def test_growing_has_fewer_stages_for_fewer_images():
         settings = TrainSettings(**{**options, "images": images})
         assert len(settings.stages()) == stages and settings.total == pytest.approx(images, abs=3 * 64)
     assert [(stage.optimizer, stage.lr) for stage in settings.stages()] == [("muon", lr) for lr in (0.01, 0.007, 0.007)]
-    assert [stage.weighting for stage in settings.stages()] == ["min-snr", "backbone", "backbone"]
+    assert all(stage.fixed_norms for stage in settings.stages())
     short = growing(32).of_length(499_999)
-    assert short.options()["weighting"] == "min-snr" and "weighting" not in short.options(channels=1)
-    assert short.network["widths"] == (48, 96, 128) and "growth" not in short.training
+    assert short.network["widths"] == (48, 96, 128) and "growth" not in short.training and short.training["fixed_norms"]
     assert growing(32).of_length(500_000).network["widths"] == (64, 128, 160)
     assert RECIPES["tiny"].of_length(1) is RECIPES["tiny"]
     with pytest.raises(ValueError, match="growing is for images of at least 16 pixels, got 8"):

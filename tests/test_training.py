@@ -1067,10 +1067,10 @@ def test_losses_are_logged_by_noise_level(count):
     assert losses.line()["loss_by_level"] == {}
 
 
-def test_a_run_from_before_there_was_another_optimizer_continues_with_adamw(tmp_path):
+def test_a_run_from_before_there_were_optimizers_and_fixed_norms_continues_without(tmp_path):
     quick(points_net(), points(), tmp_path, images=8)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["settings"].pop("optimizer") == "adamw"
+    assert config["settings"].pop("optimizer") == "adamw" and config["settings"].pop("fixed_norms") is False
     (tmp_path / "config.json").write_text(json.dumps(config))
     quick(points_net(), points(), tmp_path, images=8)
     with pytest.raises(ValueError, match="optimizer was 'adamw' and is 'muon'"):

@@ -204,7 +204,7 @@ def _run(args: argparse.Namespace) -> None:
     before = settings_of(args.out)
     if before is not None and "augment" not in own:  # a run continues as it began
         own["augment"] = before.get("augment")
-    options = {"label_drop": _LABEL_DROP if conditional else 0.0, **recipe.options(channels=1), **own}
+    options = {"label_drop": _LABEL_DROP if conditional else 0.0, **recipe.options(), **own}
     settings = TrainSettings(**options, progress=not args.quiet)
     trackers = options.pop("trackers", ())  # which this function starts, since it creates the accelerator
     accelerator = _accelerator(args, args.out, settings)
@@ -214,8 +214,6 @@ def _run(args: argparse.Namespace) -> None:
         data: ImageData | ArrayData = arrays
     else:  # one process decodes, and the others wait for the lock of the cache
         data = images = _open(args, recipe, start, settings)
-        options = {**recipe.options(data.shape[0]), **options}
-        settings = TrainSettings(**options, progress=not args.quiet)
     if start is not None:
         options |= {name: value for name, value in fine_tuning(start, data, settings).items() if name not in own}
         settings = TrainSettings(**options, progress=not args.quiet)

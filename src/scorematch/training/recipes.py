@@ -40,7 +40,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -72,7 +72,6 @@ class Recipe:
         channels: the number of channels of the images, 1 or 3; None is that of the data.
         crop: the crop of the images, as in ``open_images``.
         training: the arguments of ``train`` that differ from its defaults, except ``condition``.
-        of_color: those that are for color images only.
         tasks: the names of the tasks of ``scorematch.restoration.palette`` that compute the condition.
         sampler: the published settings for sampling; None: ``train`` chooses them (``take_sampler``).
         differs: the differences from the publication.
@@ -100,7 +99,6 @@ class Recipe:
     tasks: tuple[str, ...] = ()
     differs: str = ""
     published_time: str = ""
-    of_color: Mapping[str, Any] = field(default_factory=dict)
     of_side: Callable[[int], Recipe] | None = None
     short: Recipe | None = None
 
@@ -146,17 +144,14 @@ class Recipe:
         net.sampler_settings = self.sampler
         return net
 
-    def options(self, channels: int = 3) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """The arguments of ``train`` that differ from its defaults, including ``condition`` for recipes with tasks.
-
-        Args:
-            channels: the number of channels of the images; 3 for color.
 
         Raises:
             ImportError: if a task needs Pillow and it is not installed.
         """
         task = {"condition": MultiTask([TASKS[name]() for name in self.tasks])} if self.tasks else {}
-        return {**self.training, **(self.of_color if channels == 3 else {}), **task}
+        return {**self.training, **task}
 
 
 def network_for(
@@ -261,12 +256,12 @@ def growing(side: int) -> Recipe:
             resolution instead of two (six from 46 px on)
     ======  ======================================================  ================================  ===============
 
-    The loss of the first stage has the weighting "min-snr" for color images, that of the others EDM's. Each stage has
-    the optimizer Muon with a warm-up and a decay to zero, batches of 64, and averages of relative length 0.05 and 0.10.
-    The logarithm of the levels, in units in which images are in [-1, 1], is normal with this mean and deviation 1.2. A
-    patch has the power of two, at least 2, for which the side is nearest to 16 patches: 2 to 45 px, 4 from 46 to 90 px.
-    A run of less than 500,000 images has the first stage only, with the widths 48, 96 and 128, and one of less than 1.2
-    million the first two. The channels and the classes of the images change nothing else.
+    Each stage has the optimizer Muon with fixed norms of the weights, a warm-up and a decay to zero, batches of 64, and
+    averages of relative length 0.05 and 0.10. The logarithm of the levels, in units in which images are in [-1, 1], is
+    normal with this mean and deviation 1.2. A patch has the power of two, at least 2, for which the side is nearest to
+    16 patches: 2 to 45 px, 4 from 46 to 90 px. A run of less than 500,000 images has the first stage only, with the
+    widths 48, 96 and 128, and one of less than 1.2 million the first two. The channels and the classes of the images
+    change nothing else.
 
     Args:
         side: the side of the images, or the shorter one, in pixels, at least 16.
@@ -283,7 +278,7 @@ def growing(side: int) -> Recipe:
     def levels(mean: float) -> LogNormal:
         return LogNormal(mean - math.log(2), 1.2)  # for images in [0, 1]
 
-    later = {"lr": 7e-3, "levels": levels(-1.3 if large else -1.5), "weighting": "backbone"}
+    later = {"lr": 7e-3, "levels": levels(-1.3 if large else -1.5)}
     pixels = {"attention": (True,) * 3, "pixel_channels": 32 if large else 64}
     blocks = {"layers_per_block": (2, 2, 1), "pixel_layers": 3 if large else 2}
     recipe = Recipe(
@@ -299,10 +294,10 @@ def growing(side: int) -> Recipe:
             "batch_size": 64,
             "optimizer": "muon",
             "lr": 0.01,
+            "fixed_norms": True,
             "levels": levels(-1.0 if large else -1.2),
             "growth": (Stage(0.35, pixels, later, fewest=500_000), Stage(0.35, blocks, later, fewest=1_200_000)),
         },
-        of_color={"weighting": "min-snr"},
         of_side=growing,
     )
     training = {name: value for name, value in recipe.training.items() if name != "growth"}

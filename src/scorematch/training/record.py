@@ -149,9 +149,10 @@ def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any])
 
 
 def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a record, in which "augment" may have been "flip", and the optimizer was AdamW."""
+    """The settings of a record, in which "augment" may have been "flip", and later options are missing."""
     flips = {"augment": ["flip"] if settings["flip"] else []} if "flip" in settings else {}
-    return {"optimizer": "adamw", **{key: value for key, value in settings.items() if key != "flip"}, **flips}
+    own = {key: value for key, value in settings.items() if key != "flip"}
+    return {"optimizer": "adamw", "fixed_norms": False, **own, **flips}
 
 
 def described(value: Any) -> Any:

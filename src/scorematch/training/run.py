@@ -85,12 +85,13 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
     the folder. All random numbers depend on ``seed``, except those of the initial weights of ``net``; the
     state of torch's global generators is not changed.
 
-    **Optimizer.** AdamW, or Muon (``scorematch.training.muon``), which takes a higher ``lr`` (docs/recipes.md).
-    Gradients are accumulated over the microbatches of a batch. The learning rate rises over
-    ``warmup_images`` and then falls: "cosine" or "linear" to zero, "constant", or "inverse-sqrt" (EDM2). A gradient is
-    scaled down if its norm, for the loss divided by D/2, exceeds ``clip``; D is the number of values in an image.
-    ``ema`` has lengths of power function averages, relative to the run (EDM2), above 0 and at most 0.289; or decays per
-    step of exponential averages, from 0.9 to below 1. The first average is saved as ``network/``.
+    **Optimizer.** AdamW, or Muon (``scorematch.training.muon``), which takes a higher ``lr`` (docs/recipes.md). With
+    ``fixed_norms`` the weights of each output of a layer keep their norm (``scorematch.training.norms``). Gradients are
+    accumulated over the microbatches of a batch. The learning rate rises over ``warmup_images`` and then falls:
+    "cosine" or "linear" to zero, "constant", or "inverse-sqrt" (EDM2). A gradient is scaled down if its norm, for the
+    loss divided by D/2, exceeds ``clip``; D is the number of values in an image. ``ema`` has lengths of power function
+    averages, relative to the run (EDM2), above 0 and at most 0.289; or decays per step of exponential averages, from
+    0.9 to below 1. The first average is saved as ``network/``.
 
     **Loss.** ``levels`` is a NoiseSchedule, whose levels are drawn equally often; ``LogNormal``, ``LogUniform``,
     ``UniformTime``, a ``LevelMixture`` of these, or any object with their method ``quantile``. None is EDM's log-normal

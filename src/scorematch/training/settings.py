@@ -89,6 +89,8 @@ class Settings:
     eps: float = _option(1e-8, "AdamW's eps, which is added to the root of the second moment", above=0)
     # none in Ho et al. 2020, Song et al. 2021, Karras et al. 2022
     weight_decay: float = _option(0.0, "AdamW's weight decay; a step multiplies the weights by 1 - lr times it", low=0)
+    # docs/recipes.md, "Trials"
+    fixed_norms: bool = _option(False, "the weights of each output of a linear layer or convolution keep their norm")
     # published warm-ups are for longer runs
     warmup_images: int | None = _option(
         None, "images over which lr rises linearly; None is 500 steps, at most a twentieth of the run", int, low=0

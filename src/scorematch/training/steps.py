@@ -53,6 +53,7 @@ from scorematch.training.checks import check_arguments, check_condition, conditi
 from scorematch.training.ema import Average
 from scorematch.training.levels import levels_for, uniforms, weighting_for
 from scorematch.training.muon import Muon, matrices
+from scorematch.training.norms import FixedNorms
 from scorematch.training.settings import Loss, Settings
 from scorematch.training.units import take_units
 
@@ -127,7 +128,10 @@ class TrainingState:
         self.step = 0
         self.names, self.parameters = list(named), list(named.values())
         device = self.parameters[0].device
-        adamw = torch.optim.AdamW if settings.optimizer == "adamw" else partial(Muon, matrices=matrices(net))
+        of_layers = {id(weight) for weight in matrices(net)}
+        layers = {name: parameter for name, parameter in named.items() if id(parameter) in of_layers}
+        self.fixed = FixedNorms(layers if settings.fixed_norms else {})
+        adamw = torch.optim.AdamW if settings.optimizer == "adamw" else partial(Muon, matrices=layers.values())
         self.optimizer = adamw(
             [parameter for parameter in self.parameters if parameter.requires_grad],
             lr=settings.lr,
@@ -167,7 +171,8 @@ class TrainingState:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of the state by name, in groups.
 
-        The groups are "weights", "optimizer", "ema-LENGTH" for each average, and "scaler" in float16.
+        The groups are "weights", "optimizer", "ema-LENGTH" for each average, "norms" with fixed norms, and "scaler" in
+        float16.
         """
         moments = {
             f"{name}.{key}": value
@@ -182,6 +187,7 @@ class TrainingState:
             "weights": self.net.state_dict(),
             **averages,
             "optimizer": moments,
+            **({"norms": self.fixed.norms} if self.fixed.norms else {}),
             **({"scaler": scaler} if scaler else {}),
         }
 
@@ -208,6 +214,7 @@ class TrainingState:
                     key: value if key == "step" else torch.empty_like(parameter).copy_(value)
                     for key, value in moments.items()
                 }
+        self.fixed.load(tensors.get("norms", {}))
         if self.scaler.is_enabled():
             self.scaler.load_state_dict({name: value.item() for name, value in tensors["scaler"].items()})
         self.images, self.step = images, step
@@ -368,6 +375,7 @@ def _steps(
                 torch.nn.utils.clip_grad_norm_(trained, settings.clip * math.prod(data.shape) / 2)
             state.scaler.step(state.optimizer)
             state.scaler.update()
+            state.fixed.restore()
             state.optimizer.zero_grad(set_to_none=True)
             state.images += settings.batch_size
             state.step += 1
