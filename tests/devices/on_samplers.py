@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scorematch import AnnealedLangevinSampler, guidance
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, guidance
 from scorematch.data.samples import read_samples
 from scorematch.restoration import (
     JPEG,
@@ -27,6 +27,7 @@ from scorematch.sampling import (
     PredictorCorrectorSampler,
     bulk_samples,
     data_moments,
+    learned_settings,
     sample_to,
 )
 from tests.devices.nets import LEVELS, SIZE, colors, rand
@@ -98,6 +99,16 @@ def test_learned_variance(compare):
         return run(AncestralSampler(net, variance="learned", **FLOAT32), 2, generator=0)
 
     compare(samples, within=1e-2)
+
+
+@pytest.mark.skipif(KIND == "cuda", reason="torch turns autocast off without a CUDA device")
+def test_learned_settings(compare):
+    def learned(to):
+        net, options = to(colors()), {"n": 2, "iterations": 2, "progress": False}
+        (found,) = learned_settings(net, [3], NoiseSchedule.karras(5, 0.1, 6), **options)
+        return [torch.tensor([*found.options["sigmas"], *found.options["coefficients"]])]
+
+    compare(learned, within=1e-3)
 
 
 def test_a_plain_function(compare):

@@ -162,7 +162,7 @@ class _Numbers:
             for value in [*row, *[0.0] * length][:length]
         ]
         self.gaps = torch.tensor(gaps, device=device).log().requires_grad_()
-        self.coefficients = torch.tensor(padded, device=device).requires_grad_()
+        self.coefficients = torch.tensor(padded, dtype=torch.float32, device=device).requires_grad_()
         self.all = [self.gaps, self.coefficients]
 
     def groups(self) -> list[dict[str, object]]:
@@ -191,7 +191,7 @@ class _Numbers:
             return x, score * (level / sigma) ** 2, x  # a step multiplies it by sigma^2, without a gradient
 
         with torch.enable_grad():
-            *_, (x, _) = multistep(x, chain, learned_steps(values, self.coefficients))
+            *_, (x, _) = multistep(x, chain, learned_steps(values, self.coefficients.to(x)))
         return x
 
     def rounded(self) -> dict[str, Any]:
