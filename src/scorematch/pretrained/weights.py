@@ -70,7 +70,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         if file.read(24) == b"version https://git-lfs.":
             raise ValueError(f"{path} is a Git LFS pointer, not the weights. Run git lfs pull, or download the file.")
     try:
-        return load_file(path)
+        with torch.device("cpu"):  # safetensors 0.4 uses torch's default device
+            return load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         size = path.stat().st_size
         raise ValueError(
