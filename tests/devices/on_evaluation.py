@@ -8,6 +8,7 @@ from scorematch.evaluation import (
     Extractor,
     data_likelihood,
     density_coverage,
+    energy_distance,
     evaluate,
     evaluate_restoration,
     exact,
@@ -20,7 +21,10 @@ from scorematch.evaluation import (
     precision_recall,
     sampler_distances,
     score_error,
+    sliced_wasserstein_distance,
+    spectrum_error,
     statistics_of,
+    values_distance,
 )
 from scorematch.restoration import Mask, Observation
 from scorematch.sampling import AncestralSampler, ODESampler
@@ -61,6 +65,19 @@ def test_metrics(compare):
             *precision_recall(b, to(a)),
             *density_coverage(to(a), b),
         ]
+
+    compare(metrics, within=1e-6)
+
+
+def test_metrics_of_arrays(compare):
+    a, b = rand(12, 2, 6, 5), rand(12, 2, 6, 5, seed=1) + 0.1
+
+    def metrics(to):
+        found = [*spectrum_error(to(a), to(b)), values_distance(to(a), to(b))]
+        found += [
+            distance(to(a.flatten(1)), to(b.flatten(1))) for distance in (energy_distance, sliced_wasserstein_distance)
+        ]
+        return [each.value for each in found]
 
     compare(metrics, within=1e-6)
 

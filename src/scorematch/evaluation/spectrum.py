@@ -43,13 +43,13 @@ def power_spectrum(x: Tensor) -> Tensor:
     if x.ndim < 3:
         raise ValueError(f"a spectrum is for signals and fields (N, C, ...), got shape {tuple(x.shape)}.")
     sides, axes = x.shape[2:], tuple(range(2, x.ndim))
-    along = [torch.fft.fftfreq(side, 1 / max(sides), dtype=torch.float64, device=x.device) for side in sides]
+    along = [torch.fft.fftfreq(side, 1 / max(sides), dtype=torch.float64, device="cpu") for side in sides]
     lengths = sum(each.square() for each in torch.meshgrid(*along, indexing="ij"))
     shells = (lengths.sqrt() + 0.5).long().flatten()  # type: ignore[union-attr]
     found, count = [], int(shells.max()) + 1
     for part in x.split(max(1, _AT_ONCE // math.prod(x.shape[1:]))):
-        power = torch.fft.fftn(part.double(), dim=axes, norm="forward").abs().square().flatten(2)
-        found.append(power.new_zeros(*power.shape[:2], count).index_add_(2, shells, power))
+        power = torch.fft.fftn(double(part), dim=axes, norm="forward").abs().square().flatten(2)
+        found.append(power.new_zeros(*power.shape[:2], count).index_add_(2, shells.to(power.device), power))
     return torch.cat(found)
 
 
