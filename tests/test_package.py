@@ -137,10 +137,13 @@ def test_the_oldest_dependencies_are_the_same_everywhere(built):
     workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
     recipe = (ROOT / "packaging" / "conda-forge" / "recipe.yaml").read_text(encoding="utf-8")
     conda = {"torch": "pytorch", "huggingface-hub": "huggingface_hub"}
-    required = [each for each in _metadata(built[0]).get_all("Requires-Dist") if "extra ==" not in each]
+    listed = _metadata(built[0]).get_all("Requires-Dist")
+    required = [each for each in listed if "extra ==" not in each]
     assert len(required) == 5
     for name, version in (each.split(">=") for each in required):
         assert f"- {conda.get(name, name)} >={version}\n" in recipe
+    required += [each.partition(";")[0] for each in listed if re.search("extra == '(train|arrays)'", each)]
+    for name, version in (each.split(">=") for each in required):
         assert re.search(rf"(?:{name}|oldest').*=={re.escape(version)}(?:\.\*)?['\"]", workflow), (name, version)
 
 
