@@ -244,7 +244,7 @@ def test_the_arguments_of_train_are_the_declared_options():
     assert {parameter.name: parameter.default for parameter in parameters[3:]} == declared
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters[3:])
     for option in fields(TrainSettings):
-        assert f"        {option.name}: {option.metadata['meaning'][:20]}" in train.__doc__
+        assert f" {option.name}: {option.metadata['meaning'][:20]}" in train.__doc__
 
 
 # -- What is drawn ----------------------------------------------------------------------------------------------------
