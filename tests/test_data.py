@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import types
+from pathlib import PurePath
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from torch import Tensor
 from scorematch import NoiseSchedule
 from scorematch.data import cache as module
 from scorematch.data import read_samples, save_grid, to_uint8
+from scorematch.data.folders import walk
 from scorematch.data.images import ImageData, open_images
+from scorematch.data.pictures import list_pictures
 from scorematch.sampling import ODESampler, sample_to
 from scorematch.training.steps import Order
 
@@ -63,6 +66,14 @@ def test_a_folder_is_read_recursively_in_the_order_of_paths(pictures):
     assert torch.equal(images, pixels[[5, 0, 0]])
     assert repr(data) == f"ImageData(6 x (3, 8, 8) from {folder})"
     assert torch.equal(_open(str(folder)).read(range(6))[0], pixels)
+
+
+def test_the_order_of_files_is_the_same_on_windows(tmp_path, monkeypatch):
+    for name in ("B", "a", "C"):
+        save_grid(torch.zeros(1, 1, 4, 4), tmp_path / f"{name}.png")
+    monkeypatch.setattr(PurePath, "__lt__", lambda one, other: str(one).lower() < str(other).lower())  # as there
+    assert [path.stem for path in walk(tmp_path)] == ["B", "C", "a"]
+    assert [path.stem for path in list_pictures(tmp_path)] == ["B", "C", "a"]
 
 
 @pytest.mark.parametrize("kind", ["png", "npz"])

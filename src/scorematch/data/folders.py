@@ -165,7 +165,7 @@ def walk(folder: Path) -> list[Path]:
         paths = (Path(where, name) for name in files if not name.startswith("."))
         pictures = (path for path in paths if path.suffix.lower() in (*ENDINGS, *UNREAD) and path.is_file())
         found += [path.relative_to(folder) for path in pictures]
-    return sorted(found)
+    return sorted(found, key=lambda path: path.parts)  # paths of Windows are compared without case
 
 
 def samples_in(folder: Path) -> Any:

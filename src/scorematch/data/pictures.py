@@ -212,7 +212,8 @@ def list_pictures(path: str | os.PathLike[str]) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is neither an image file nor a folder.")
-    files = sorted(file for file in path.iterdir() if not file.name.startswith(".") and file.is_file())
+    files = [file for file in path.iterdir() if not file.name.startswith(".") and file.is_file()]
+    files.sort(key=lambda file: file.name)
     found = [file for file in files if file.suffix.lower() in ENDINGS]
     unread = [file for file in files if file.suffix.lower() in UNREAD]
     if not found:
