@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import PureWindowsPath
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from scorematch.evaluation import (
     tune,
 )
 from scorematch.evaluation.per_image import choose
-from scorematch.evaluation.tune import MeasuredSampler
+from scorematch.evaluation.tune import MeasuredSampler, _as_name
 from scorematch.guidance import autoguidance, classifier_free
 from scorematch.restoration import AveragePool, Mask
 from scorematch.sampling import (
@@ -356,6 +357,10 @@ def test_a_card_in_another_encoding_is_kept(net, tmp_path):
     (tmp_path / ".saving-x").write_bytes(b"")  # of an interrupted call
     run(net, out=tmp_path, settings=SETTINGS[:1])
     assert (tmp_path / "README.md").read_bytes().startswith(b"# caf\xe9\n") and not list(tmp_path.glob(".*"))
+
+
+def test_the_card_names_the_folder_with_slashes():
+    assert _as_name(PureWindowsPath(r"runs\tuned")) == "runs/tuned" and _as_name(PureWindowsPath("tuned")) == "./tuned"
 
 
 @pytest.mark.slow

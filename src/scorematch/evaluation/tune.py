@@ -23,7 +23,7 @@ import re
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -446,6 +446,12 @@ def check_folder(folder: Path, net: ScoreNet | GuidedScore) -> None:
         check_own(folder, TABLE, [CONFIG_FILE])
 
 
+def _as_name(folder: PurePath) -> str:
+    """A folder as the name of a network in code, where the backslashes of Windows would be escapes."""
+    name = folder.as_posix()
+    return name if "/" in name else f"./{name}"
+
+
 def _store(score: ScoreNet | GuidedScore, folder: Path, result: Tuning, n: int) -> None:
     """Saves the network with the best settings, and writes its card."""
     net = copy.copy(_network(score))  # with the same weights
@@ -455,9 +461,9 @@ def _store(score: ScoreNet | GuidedScore, folder: Path, result: Tuning, n: int) 
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="surrogateescape")  # keeps bytes in another encoding
     else:
-        name = str(folder) if os.sep in str(folder) else f"./{folder}"
         count = sum(parameter.numel() for parameter in net.parameters())
-        text = model_card(name, net.config, count, conditioning=net.conditioning, license=None, datasets=None)
+        name, takes = _as_name(folder), net.conditioning
+        text = model_card(name, net.config, count, conditioning=takes, license=None, datasets=None)
     measured, guidance = f"{n:,} {result.what} for each row", origin_of(score)["guidance"]
     section = (
         f"{_BEGIN}\n## Sampler settings\n\nMeasured with `scorematch tune` on {measured}, all from the same seeds"
