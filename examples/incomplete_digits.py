@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         held_out=args.digits // 20,
         **options,
     )
-    print((args.out / "report.md").read_text())
+    print((args.out / "report.md").read_text("utf-8"))
     clean = train(build(), digits, args.out / "clean", images=args.stages * args.images, **options)
     test, ten = load_digits(args.data, "test")[0][:2000], SamplerSettings("ode", levels=10, method="dpm-solver++")
     options = {"features": means, "metrics": ["frechet"], "cache": False, "progress": False}
