@@ -41,6 +41,7 @@ from scorematch.noise import NoiseSchedule, check_schedule, schedule_of
 __all__ = ["dsm_loss", "loss_and_norm", "sliced_score_matching_loss"]
 
 Reduction = Literal["mean", "none"]
+_REDUCTIONS = get_args(Reduction)  # here, since the compiler of torch 2.5 has no get_args
 
 
 def dsm_loss(
@@ -99,7 +100,7 @@ def dsm_loss(
         raise ValueError(f"p must be at least 1, got {p!r}.")
     if p == math.inf:
         raise ValueError("p must be finite, got inf. Write p=2 for the usual loss.")
-    check_choice("reduction", reduction, get_args(Reduction))
+    check_choice("reduction", reduction, _REDUCTIONS)
     # |sigma r|^p with sigma r = sigma s + z, which is of order one, whereas r grows as 1 / sigma.
     residual = (_scaled_score(net, x, sigma, noise, condition) + noise).abs().pow(p)
     if mask is not None:
@@ -220,7 +221,7 @@ def sliced_score_matching_loss(
         The loss: a scalar, or (N,) for ``reduction="none"``.
     """
     x, sigma, noise, source = _perturbation(net, x, schedule, sigma, noise, generator)
-    check_choice("reduction", reduction, get_args(Reduction))
+    check_choice("reduction", reduction, _REDUCTIONS)
     if projections is None:
         v = standard_normal(x.shape, source, x.device, x.dtype)
     else:
