@@ -42,7 +42,7 @@ class FixedNorms:
         """Gives the weights their norms back."""
         for name, weight in self.weights.items():
             own, first = weight.flatten(1).norm(dim=1), self.norms[name]
-            factor = torch.where((first > 0) & (own > 0), first / own, 1.0)
+            factor = torch.where(first > 0, first / own.clamp(min=1e-12), 1.0)
             weight.mul_(factor.view(-1, *[1] * (weight.ndim - 1)))
 
     def load(self, norms: Mapping[str, Tensor]) -> None:
