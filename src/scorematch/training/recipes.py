@@ -248,11 +248,11 @@ def growing(side: int) -> Recipe:
     stage   network, 5.8, 6.5 and 7.9 million parameters (32 px)    learning rate, mean of the        share of the
                                                                     levels (below 46 px, above)       images
     ======  ======================================================  ================================  ===============
-    1       widths 64, 128, 160; one block per scale; attention     0.01; -1.2, -1.0                  30 %
+    1       widths 64, 128, 160; one block per scale; attention     0.005; -1.2, -1.0                 30 %
             at the lowest; 16 channels at full resolution
-    2       attention at all scales; 64 channels at full            0.007; -1.5, -1.3                 35 %
+    2       attention at all scales; 64 channels at full            0.0035; -1.5, -1.3                35 %
             resolution (32 from 46 px on)
-    3       two blocks at the upper scales; four blocks at full     0.007; -1.5, -1.3                 35 %
+    3       two blocks at the upper scales; four blocks at full     0.0035; -1.5, -1.3                35 %
             resolution instead of two (six from 46 px on)
     ======  ======================================================  ================================  ===============
 
@@ -278,7 +278,7 @@ def growing(side: int) -> Recipe:
     def levels(mean: float) -> LogNormal:
         return LogNormal(mean - math.log(2), 1.2)  # for images in [0, 1]
 
-    later = {"lr": 7e-3, "levels": levels(-1.3 if large else -1.5)}
+    later = {"lr": 3.5e-3, "levels": levels(-1.3 if large else -1.5)}
     pixels = {"attention": (True,) * 3, "pixel_channels": 32 if large else 64}
     blocks = {"layers_per_block": (2, 2, 1), "pixel_layers": 3 if large else 2}
     recipe = Recipe(
@@ -293,7 +293,7 @@ def growing(side: int) -> Recipe:
             "images": 3_000_000,
             "batch_size": 64,
             "optimizer": "muon",
-            "lr": 0.01,
+            "lr": 5e-3,
             "fixed_norms": True,
             "levels": levels(-1.0 if large else -1.2),
             "growth": (Stage(0.35, pixels, later, fewest=500_000), Stage(0.35, blocks, later, fewest=1_200_000)),
