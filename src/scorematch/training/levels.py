@@ -31,7 +31,7 @@ For p = 2, a score of zero has a mean loss of D/2 with "sigma", where D is the n
 "min-snr" is :math:`\sigma^p \min(1, 5 / r)^{p/2}`: for p = 2, the squared error of the denoised image is weighted by
 min(r, 5). The ratio r of signal and noise is :math:`(2 s / \sigma)^2` for data of standard deviation s; for images 2 s
 is half of the range, so that r is the ratio of Hang et al. Short trainings on color images draw better samples with it,
-and those on digits worse ones (docs/recipes.md).
+unless the weights have fixed norms; those on digits draw worse ones (docs/recipes.md).
 
 References:
     Song & Ermon, 2019, arXiv:1907.05600, Eq. 6. Song et al., 2021, arXiv:2011.13456, App. C.

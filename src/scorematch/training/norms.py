@@ -9,8 +9,8 @@ for the weights w of each output of a linear layer or convolution, whose norm wa
 learning rate alone decides then how much a step changes them. Weights that are zero at first are free.
 
 References:
-    Karras et al., 2024, Analyzing and Improving the Training Dynamics of Diffusion Models, arXiv:2312.02696, Section
-        2.3, "forced weight normalization", there with layers that preserve magnitudes.
+    Karras et al., 2024, Analyzing and Improving the Training Dynamics of Diffusion Models, arXiv:2312.02696,
+        config E, "forced weight normalization", there with layers that preserve magnitudes.
 """
 
 from __future__ import annotations
