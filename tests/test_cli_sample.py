@@ -364,6 +364,23 @@ def test_every_sampler_has_its_options(folder, tmp_path, options, expected, caps
     assert capsys.readouterr().out.startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--order", "2"], "dpm-solver++, order 2, eta 0.5,"),
+        (["--method", "dpm-solver++"], "dpm-solver++, order 1, eta 0.5,"),
+        (["--method", "heun"], "heun,"),
+        (["--method", "unipc"], "unipc,"),
+        (["--method", "ipndm"], "ipndm,"),
+    ],
+)
+def test_another_method_leaves_the_recommended_order_and_eta(tmp_path, options, expected, capsys):
+    settings = SamplerSettings("ode", levels=3, method="dpm-solver++", order=1, eta=0.5)
+    _saved(tmp_path / "net", settings)
+    assert _sample(tmp_path / "net", tmp_path / "a.png", "-n", 1, *options) == 0
+    assert capsys.readouterr().out.startswith(f"ODESampler(3 levels 1 -> 0.01, {expected}")
+
+
 @pytest.mark.slow
 def test_every_sampler_is_an_option(folder, tmp_path, capsys):
     for name, sampler in SAMPLERS.items():

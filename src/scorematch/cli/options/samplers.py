@@ -36,6 +36,7 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
 
 
+_OF_METHOD = ("order", "eta", "coefficients", "churn", "churn_min", "churn_max", "churn_noise")  # of one --method
 _STEPS = ("--steps", "--num-steps", "--num-inference-steps")  # options of other programs
 
 
@@ -122,5 +123,8 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restore: Restore | Non
     # AnnealedLangevinSampler reads the network's own settings itself, and adapts them to other options.
     if own is not None and own.sampler == name != "langevin":
         own.check_origin(net)
-        options = {**own.options, **options}
+        recommended = own.options
+        if options.get("method") not in (None, recommended.get("method", "heun")):
+            recommended = {key: value for key, value in recommended.items() if key not in _OF_METHOD}
+        options = {**recommended, **options}
     return recommended_sampler(net, SamplerSettings(name, **options), restore=restore, **noise)
