@@ -146,6 +146,18 @@ def test_hours_are_the_images_of_a_measured_speed_and_a_run_that_continues_keeps
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize(("options", "shape"), [([], (3, 48, 50)), (["--image-size", "32"], (3, 32, 32))])
+def test_growing_takes_the_size_of_the_images_of_a_file(options, shape, tmp_path, calls, monkeypatch):
+    for module in (command, speed):
+        monkeypatch.setattr(module, "seconds_per_image", lambda *_: [0.01])
+    np.savez(tmp_path / "x.npz", x=np.zeros((64, 48, 50, 3), np.uint8))
+    growing = ["train", str(tmp_path / "x.npz"), "--recipe", "growing", "--images", "80", "--device", "cpu", "--quiet"]
+    assert main([*growing, "--out", str(tmp_path / "run"), *options]) == 0
+    net, data, *_ = calls[0]
+    assert data.shape == net.sample_shape == shape and net.config["block_out_channels"] == [48, 96, 128]
+    assert net.config["patch"] == (4 if shape[1] == 48 else 2)
+
+
 @pytest.mark.slow
 def test_growing_announces_its_stages(faces, tmp_path, calls, monkeypatch, capsys):
     """With 10, 20 and 30 ms the mean over the images is 20.5 ms."""

@@ -23,6 +23,7 @@ from scorematch.core.messages import few, quote
 from scorematch.core.records import as_stored
 from scorematch.data import ArrayData, ImageData, open_images
 from scorematch.data.array_data import find_arrays
+from scorematch.data.tables import REFERENCES
 from scorematch.evaluation import memorization_of
 from scorematch.nets.family import check_size
 from scorematch.nets.reconditioning import difference
@@ -114,7 +115,8 @@ def add(commands: Commands) -> None:
         "--image-size",
         type=_size,
         metavar="SIZE",
-        help="the size of the images in pixels: a side, or HEIGHTxWIDTH such as 48x64 (default: the recipe's)",
+        help="the size of the images in pixels: a side, or HEIGHTxWIDTH such as 48x64 (default: the recipe's; "
+        "for growing that of the images, if they are an .npz file)",
     )
     data.add_argument(
         "--channels", type=int, choices=(1, 3), help="1 for gray, 3 for RGB (default: the recipe's, or the data's)"
@@ -189,8 +191,6 @@ def _run(args: argparse.Namespace) -> None:
     own = given(args, (each.name for each in fields(TrainSettings)))
     if "hours" in own:
         refuse(args, ["images"], "cannot be combined with --hours")
-    elif "images" in own and args.start is None:
-        recipe = recipe.of_length(own["images"])
     conditional = args.labels or (arrays is not None and arrays.features > 0)
     if arrays is None:
         refuse(args, ["padding"], "is for data that are not pictures")
@@ -204,19 +204,23 @@ def _run(args: argparse.Namespace) -> None:
     before = settings_of(args.out)
     if before is not None and "augment" not in own:  # a run continues as it began
         own["augment"] = before.get("augment")
-    options = {"label_drop": _LABEL_DROP if conditional else 0.0, **recipe.options(), **own}
-    settings = TrainSettings(**options, progress=not args.quiet)
-    trackers = options.pop("trackers", ())  # which this function starts, since it creates the accelerator
+    label_drop = _LABEL_DROP if conditional else 0.0
+    settings = TrainSettings(**{"label_drop": label_drop, **recipe.options(), **own}, progress=not args.quiet)
     accelerator = _accelerator(args, args.out, settings)
     device: torch.device = accelerator.device
     start = _start(args)
     if arrays is not None:
         data: ImageData | ArrayData = arrays
     else:  # one process decodes, and the others wait for the lock of the cache
-        data = images = _open(args, recipe, start, settings)
+        data = images = _open(args, recipe, start)
+        recipe = recipe.resized((images.shape[1], images.shape[2]))
+        if "images" in own and args.start is None:
+            recipe = recipe.of_length(own["images"])
+    options = {"label_drop": label_drop, **recipe.options(), **own}
     if start is not None:
         options |= {name: value for name, value in fine_tuning(start, data, settings).items() if name not in own}
-        settings = TrainSettings(**options, progress=not args.quiet)
+    settings = TrainSettings(**options, progress=not args.quiet)
+    trackers = options.pop("trackers", ())  # which this function starts, since it creates the accelerator
     if arrays is not None:
         net = _network_of_arrays(args, start, arrays, settings)
     else:
@@ -416,8 +420,10 @@ def _start(args: argparse.Namespace) -> ScoreNet | None:
     return load_network(own if own.is_dir() else args.start)
 
 
-def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None, settings: Settings) -> ImageData:
-    channels, *size = (recipe.channels, recipe.image_size, recipe.image_size)
+def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None) -> ImageData:
+    channels, size = recipe.channels, args.image_size
+    if size is None and (recipe.of_side is None or not _has_one_size(args.data)):
+        size = recipe.image_size
     if start is not None:
         if start.sample_shape is None or len(start.sample_shape) != 3:
             raise ValueError(f"--start must be a network of images (C, H, W), got samples {start.sample_shape}.")
@@ -426,7 +432,8 @@ def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None, sett
                 f'{args.start} restores images. Train it in Python: train(net, data, out, start="{args.start}", '
                 "condition=MultiTask([...])); see docs/palette.md."
             )
-        channels, *size = start.sample_shape
+        channels = start.sample_shape[0]
+        size = start.sample_shape[1:] if args.image_size is None else size
         if args.channels not in (None, channels):
             raise ValueError(f"--channels must be {channels}, as {args.start} has, got {args.channels}. Leave it out.")
     crop = recipe.crop if args.crop is None else None if args.crop == "none" else args.crop
@@ -434,7 +441,7 @@ def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None, sett
         warnings.simplefilter("ignore", UserWarning)  # about damaged pictures: _announce prints them
         data = open_images(
             args.data,
-            image_size=(size[0], size[1]) if args.image_size is None else args.image_size,
+            image_size=size,
             channels=channels if args.channels is None else args.channels,
             crop=crop,
             labels=args.labels,
@@ -449,6 +456,11 @@ def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None, sett
     if len(data.shape) != 3:
         raise ValueError(f"the data must be images (C, H, W), got samples of shape {data.shape}.")
     return data
+
+
+def _has_one_size(data: str) -> bool:
+    """Whether all images have the same size: arrays, and data sets with short names such as mnist-train."""
+    return data in REFERENCES or Path(data).suffix.lower() == ".npz"
 
 
 def _size(text: str) -> int | tuple[int, int]:
