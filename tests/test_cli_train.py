@@ -160,18 +160,18 @@ def test_growing_takes_the_size_of_the_images_of_a_file(options, shape, tmp_path
 
 @pytest.mark.slow
 def test_growing_announces_its_stages(faces, tmp_path, calls, monkeypatch, capsys):
-    """With 10, 20 and 30 ms the mean over the images is 20.5 ms."""
+    """With 10, 20 and 30 ms the mean over the images is 22.5 ms."""
     for module in (command, speed):
         seconds = lambda net, data, settings, _: [0.01, 0.02, 0.03][: len(settings.stages())]  # noqa: E731
         monkeypatch.setattr(module, "seconds_per_image", seconds)
     growing = ["train", str(faces), "--recipe", "growing", "--batch-size", "8", "--device", "cpu", "--quiet"]
     assert main([*growing, "--out", str(tmp_path), "--hours", "8"]) == 0
     printed = capsys.readouterr().out
-    assert "training  1,404,888 images in 175,611 steps of 8, " in printed
+    assert "training  1,280,000 images in 160,000 steps of 8, " in printed
     assert "          stage 1 from image 0, 100 images/s: the network above\n" in printed
-    assert "          stage 2 from image 421,464, 50 images/s: {'attention': (True, True, True), 'pixel" in printed
-    assert "          stage 3 from image 913,176, 33.3 images/s: {'layers_per_block': (2, 2, 1), " in printed
-    assert "time      about 8.0 h on cpu, 48.8 images/s\nout" in printed
+    assert "          stage 2 from image 320,000, 50 images/s: {'attention': (True, True, True), 'pixel" in printed
+    assert "          stage 3 from image 640,000, 33.3 images/s: {'layers_per_block': (2, 2, 1), " in printed
+    assert "time      about 8.0 h on cpu, 44.4 images/s\nout" in printed
     assert len(calls[0][-1]["growth"]) == 2 and calls[0][-1]["hours"] is None
     assert calls[0][0].config["block_out_channels"] == [64, 128, 160]
 

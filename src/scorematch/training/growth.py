@@ -22,7 +22,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,8 +40,8 @@ class Stage:
     """A later stage of a run, at whose beginning the network grows.
 
     Args:
-        share: the part of the images of the run that belong to this stage, above 0 and below 1; what the later stages
-            leave is that of the first one.
+        share: the part of the images until the end of this stage that belong to it, above 0 and below 1. So a run that
+            ends with this stage has the stages of a longer one up to it, if their images are as many.
         network: the arguments of ``ScoreNet.unet`` that change: larger ``layers_per_block``, ``pixel_layers`` or
             ``pixel_channels`` (up to 64), and ``attention`` at more scales.
         training: the arguments of ``train`` that change for this stage, such as ``lr`` or ``levels``.
@@ -62,6 +62,19 @@ class Stage:
             raise ValueError(f"share must be above 0 and below 1, got {self.share!r}.")
         if not self.network:
             raise ValueError('network must have an argument of ScoreNet.unet, such as {"layers_per_block": 2}.')
+
+
+def parts(stages: Iterable[Stage]) -> list[float]:
+    """The part of the images of a run in its first stage, and in each of the later ones.
+
+    Example:
+        >>> parts([Stage(0.5, {"pixel_layers": 2}), Stage(0.5, {"layers_per_block": 2})])
+        [0.25, 0.25, 0.5]
+    """
+    found = [1.0]
+    for stage in stages:
+        found = [*(part * (1 - stage.share) for part in found), stage.share]
+    return found
 
 
 def enlarged(net: ScoreNet, changes: Mapping[str, Any], seed: int = 0) -> ScoreNet:

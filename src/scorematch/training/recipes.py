@@ -248,11 +248,11 @@ def growing(side: int) -> Recipe:
     stage   network, 5.8, 6.5 and 7.9 million parameters (32 px)    learning rate, mean of the        share of the
                                                                     levels (below 46 px, above)       images
     ======  ======================================================  ================================  ===============
-    1       widths 64, 128, 160; one block per scale; attention     0.005; -1.2, -1.0                 30 %
+    1       widths 64, 128, 160; one block per scale; attention     0.005; -1.2, -1.0                 25 %
             at the lowest; 16 channels at full resolution
-    2       attention at all scales; 64 channels at full            0.0035; -1.5, -1.3                35 %
+    2       attention at all scales; 64 channels at full            0.0035; -1.5, -1.3                25 %
             resolution (32 from 46 px on)
-    3       two blocks at the upper scales; four blocks at full     0.0035; -1.5, -1.3                35 %
+    3       two blocks at the upper scales; four blocks at full     0.0035; -1.5, -1.3                50 %
             resolution instead of two (six from 46 px on)
     ======  ======================================================  ================================  ===============
 
@@ -260,8 +260,8 @@ def growing(side: int) -> Recipe:
     averages of relative length 0.05 and 0.10. The logarithm of the levels, in units in which images are in [-1, 1], is
     normal with this mean and deviation 1.2. A patch has the power of two, at least 2, for which the side is nearest to
     16 patches: 2 to 45 px, 4 from 46 to 90 px. A run of less than 500,000 images has the first stage only, with the
-    widths 48, 96 and 128, and one of less than 1.2 million the first two. The channels and the classes of the images
-    change nothing else.
+    widths 48, 96 and 128, and one of less than 1.2 million the first two, as a run of twice as many images has them.
+    The channels and the classes of the images change nothing else.
 
     Args:
         side: the side of the images, or the shorter one, in pixels, at least 16.
@@ -296,7 +296,7 @@ def growing(side: int) -> Recipe:
             "lr": 5e-3,
             "fixed_norms": True,
             "levels": levels(-1.0 if large else -1.2),
-            "growth": (Stage(0.35, pixels, later, fewest=500_000), Stage(0.35, blocks, later, fewest=1_200_000)),
+            "growth": (Stage(0.5, pixels, later, fewest=500_000), Stage(0.5, blocks, later, fewest=1_200_000)),
         },
         of_side=growing,
     )

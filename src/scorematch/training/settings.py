@@ -29,7 +29,7 @@ from scorematch.sampling import Sampler
 from scorematch.score import ScoreNet
 from scorematch.training.augment import AUGMENTATIONS, Augmentation
 from scorematch.training.ema import check_length
-from scorematch.training.growth import Stage
+from scorematch.training.growth import Stage, parts
 from scorematch.training.levels import Levels, Weighting
 
 Decay = Literal["cosine", "linear", "constant", "inverse-sqrt"]
@@ -229,8 +229,6 @@ class TrainSettings(RunSettings):
         if self.hours is None:  # otherwise the number of images is not known yet
             growth = tuple(itertools.takewhile(lambda stage: stage.fewest <= self.images, growth))
         object.__setattr__(self, "growth", growth)
-        if sum(stage.share for stage in growth) >= 1:
-            raise ValueError(f"the shares of the stages of growth must have a sum below 1, got {growth!r}.")
         for number, stage in enumerate(self.stages() if growth else (), start=1):
             if stage.images < stage.batch_size:
                 raise ValueError(
@@ -242,11 +240,10 @@ class TrainSettings(RunSettings):
         """The settings of each stage, with the number of its images; they have no growth."""
         if not self.growth:
             return [self]
-        shares = [1 - sum(stage.share for stage in self.growth), *(stage.share for stage in self.growth)]
         changes: list[Mapping[str, Any]] = [{}, *(stage.training for stage in self.growth)]
         return [
-            replace(self, growth=(), images=max(1, round(share * self.images)), **change)
-            for share, change in zip(shares, changes, strict=True)
+            replace(self, growth=(), images=max(1, round(part * self.images)), **change)
+            for part, change in zip(parts(self.growth), changes, strict=True)
         ]
 
     @property

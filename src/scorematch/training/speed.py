@@ -20,7 +20,7 @@ from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
 from scorematch.score import ScoreNet
 from scorematch.training.checks import given_of
-from scorematch.training.growth import Stage, enlarged
+from scorematch.training.growth import Stage, enlarged, parts
 from scorematch.training.record import length_of
 from scorematch.training.settings import Settings, TrainSettings
 from scorematch.training.steps import TrainingState, loss_arguments
@@ -78,8 +78,7 @@ def _fitting(net: ScoreNet, data: Data, settings: TrainSettings, accelerator: An
 
 def mean_seconds(seconds: Sequence[float], stages: Sequence[Stage]) -> float:
     """The mean of the seconds per image over the images of a run with these later stages."""
-    shares = [stage.share for stage in stages]
-    return sum(a * b for a, b in zip([1 - sum(shares), *shares], seconds, strict=False))
+    return sum(a * b for a, b in zip(parts(stages), seconds, strict=False))
 
 
 def seconds_per_image(net: ScoreNet, data: Data, settings: TrainSettings, accelerator: Any) -> list[float]:
