@@ -136,7 +136,7 @@ def test_growing_has_fewer_stages_for_fewer_images():
     for images, stages in [(499_999, 1), (500_000, 2), (1_200_000, 3), (3_000_000, 3)]:
         settings = TrainSettings(**{**options, "images": images})
         assert len(settings.stages()) == stages and settings.total == pytest.approx(images, abs=3 * 64)
-    assert [stage.lr for stage in settings.stages()] == [5e-3, 3.5e-3, 3.5e-3]
+    assert [stage.lr for stage in settings.stages()] == [5e-3, 2.5e-3, 2.5e-3]
     assert all(stage.optimizer == "muon" and stage.fixed_norms for stage in settings.stages())
     short = growing(32).of_length(499_999)
     assert short.network["widths"] == (48, 96, 128) and "growth" not in short.training and short.training["fixed_norms"]

@@ -250,9 +250,9 @@ def growing(side: int) -> Recipe:
     ======  ======================================================  ================================  ===============
     1       widths 64, 128, 160; one block per scale; attention     0.005; -1.2, -1.0                 25 %
             at the lowest; 16 channels at full resolution
-    2       attention at all scales; 64 channels at full            0.0035; -1.5, -1.3                25 %
+    2       attention at all scales; 64 channels at full            0.0025; -1.5, -1.3                25 %
             resolution (32 from 46 px on)
-    3       two blocks at the upper scales; four blocks at full     0.0035; -1.5, -1.3                50 %
+    3       two blocks at the upper scales; four blocks at full     0.0025; -1.5, -1.3                50 %
             resolution instead of two (six from 46 px on)
     ======  ======================================================  ================================  ===============
 
@@ -278,7 +278,7 @@ def growing(side: int) -> Recipe:
     def levels(mean: float) -> LogNormal:
         return LogNormal(mean - math.log(2), 1.2)  # for images in [0, 1]
 
-    later = {"lr": 3.5e-3, "levels": levels(-1.3 if large else -1.5)}
+    later = {"lr": 2.5e-3, "levels": levels(-1.3 if large else -1.5)}
     pixels = {"attention": (True,) * 3, "pixel_channels": 32 if large else 64}
     blocks = {"layers_per_block": (2, 2, 1), "pixel_layers": 3 if large else 2}
     recipe = Recipe(
