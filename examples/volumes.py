@@ -49,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps, as a test")
     args = parser.parse_args(argv)
 
-    examples, images, n, draws, calls = (16, 32, 2, 2, 3) if args.smoke else (1000, 6400, 32, 8, 36)
+    examples, images, n, draws, calls = (16, 32, 2, 2, 3) if args.smoke else (1000, 3200, 64, 8, 36)
     torch.manual_seed(0)
-    net = ScoreNet.unet(1, (SIDE,) * 3, widths=(32, 64), layers_per_block=1, padding="circular", patch=4)
+    small = {"widths": (32, 64), "layers_per_block": 1, "patch": 4, "pixel_channels": 8}
+    net = ScoreNet.unet(1, (SIDE,) * 3, padding="circular", **small)
     options = {"batch_size": 4, "optimizer": "muon", "lr": 0.01, "augment": ["shift", "flip"]}
     net = train(net, volumes(examples), args.out, images=images, **options)
     sampler = ODESampler(net, levels=calls, method="unipc")

@@ -148,8 +148,8 @@ def test_growing_has_fewer_stages_for_fewer_images():
 
 def test_a_short_run_says_what_to_expect():
     text = expectation(80_000, 1 / 100, (3, 32, 32), None)
-    assert text.startswith("80,000 images are few") and text.endswith("take 0.8 hours at this speed.")
-    for images, shape in [(300_000, (3, 32, 32)), (80_000, (3, 8, 8)), (80_000, (2, 64)), (80_000, (5, 32, 32))]:
+    assert text.startswith("80,000 images are few") and text.endswith("take 0.6 hours at this speed.")
+    for images, shape in [(200_000, (3, 32, 32)), (80_000, (3, 8, 8)), (80_000, (2, 64)), (80_000, (5, 32, 32))]:
         assert expectation(images, 1 / 100, shape, None) is None
     assert expectation(20_000, 1 / 100, (3, 32, 32), "cifar10-small") is None  # fine-tuned networks draw objects
 

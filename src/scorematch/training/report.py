@@ -28,7 +28,7 @@ from scorematch.training.steps import loss_arguments
 _SAMPLES, _VECTORS = 16, 512  # the number of samples in a picture of samples, and of vectors
 
 # The number of images after which growing drew objects, and the shortest side of pictures for which this is said.
-_MILESTONE, _SMALLEST = 300_000, 28
+_MILESTONE, _SMALLEST = 200_000, 28
 
 
 # -- Samples ----------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def expectation(images: int, seconds: float, shape: Sequence[int], start: object
         return None
     return (
         f"{images:,} images are few: samples of CIFAR-10 were noise after 80,000 images (Fréchet distance 226, that of "
-        f"a Gaussian 234), and had objects after {_MILESTONE:,} with the recipe growing (84), which take "
+        f"a Gaussian 234), and had objects after {_MILESTONE:,} with the recipe growing (67), which take "
         f"{_MILESTONE * seconds / 3600:.1f} hours at this speed."
     )
 
