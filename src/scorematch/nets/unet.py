@@ -16,10 +16,10 @@ the authors' code, with all of its options.
 With ``patch`` = p, the pixels of each patch of p x p pixels are moved to channels (space to depth) before the first
 convolution, and back after the last. With p = 2 the network takes about a quarter of the time. It then has no layer at
 full resolution, which may cause a grain with the period of the patches. ``pixel_channels`` therefore adds residual
-blocks at full resolution, ``pixel_layers`` before the first step and as many after the last. A network whose first width
-is less than the number of values of a patch, such as 32 for 4 x 4 x 4 of a volume, cannot denoise the small scales
-without them. Patches are an addition of this package, and diffusers cannot run such a network. So are networks of
-signals (N, C, L) and volumes (N, C, D, H, W), and of periodic fields (``scorematch.nets.space``).
+blocks at full resolution, ``pixel_layers`` before the first step and as many after the last. A network whose first
+width is less than the number of values of a patch, such as 32 for 4 x 4 x 4 of a volume, cannot denoise the small
+scales without them. Patches are an addition of this package, and diffusers cannot run such a network. So are networks
+of signals (N, C, L) and volumes (N, C, D, H, W), and of periodic fields (``scorematch.nets.space``).
 
 Submodules and the keys of the configuration have the names of diffusers, since they are the format of the weights on
 the Hugging Face Hub. Some choices, such as the number of groups in a block, are determined by the published weights.
