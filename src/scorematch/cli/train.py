@@ -116,7 +116,7 @@ def add(commands: Commands) -> None:
         type=_size,
         metavar="SIZE",
         help="the size of the images in pixels: a side, or HEIGHTxWIDTH such as 48x64 (default: the recipe's; "
-        "for growing that of the images, if they are an .npz file)",
+        "for growing that of the images in an .npz file or in a data set with a short name)",
     )
     data.add_argument(
         "--channels", type=int, choices=(1, 3), help="1 for gray, 3 for RGB (default: the recipe's, or the data's)"
@@ -459,7 +459,7 @@ def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None) -> I
 
 
 def _has_one_size(data: str) -> bool:
-    """Whether all images have the same size: arrays, and data sets with short names such as mnist-train."""
+    """Whether the data are sure to have images of one size: an .npz file, or a short name such as mnist-train."""
     return data in REFERENCES or Path(data).suffix.lower() == ".npz"
 
 

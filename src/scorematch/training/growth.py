@@ -40,8 +40,8 @@ class Stage:
     """A later stage of a run, at whose beginning the network grows.
 
     Args:
-        share: the part of the images until the end of this stage that belong to it, above 0 and below 1. So a run that
-            ends with this stage has the stages of a longer one up to it, if their images are as many.
+        share: the part of all images up to the end of this stage that belong to it, above 0 and below 1. With the
+            shares 0.5 and 0.5 the three stages of a run have 25, 25 and 50 % of its images.
         network: the arguments of ``ScoreNet.unet`` that change: larger ``layers_per_block``, ``pixel_layers`` or
             ``pixel_channels`` (up to 64), and ``attention`` at more scales.
         training: the arguments of ``train`` that change for this stage, such as ``lr`` or ``levels``.
@@ -66,6 +66,9 @@ class Stage:
 
 def parts(stages: Iterable[Stage]) -> list[float]:
     """The part of the images of a run in its first stage, and in each of the later ones.
+
+    Args:
+        stages: the later stages.
 
     Example:
         >>> parts([Stage(0.5, {"pixel_layers": 2}), Stage(0.5, {"layers_per_block": 2})])

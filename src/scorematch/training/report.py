@@ -161,7 +161,7 @@ def expectation(images: int, seconds: float, shape: Sequence[int], start: object
         return None
     return (
         f"{images:,} images are few: samples of CIFAR-10 were noise after 80,000 images (Fréchet distance 226, that of "
-        f"a Gaussian 234), and had objects after {_MILESTONE:,} with the recipe growing (67), which take "
+        f"a Gaussian 234), and had the shapes of objects after {_MILESTONE:,} with the recipe growing (67), which take "
         f"{_MILESTONE * seconds / 3600:.1f} hours at this speed."
     )
 

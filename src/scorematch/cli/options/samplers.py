@@ -36,7 +36,7 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
 
 
-_OF_METHOD = ("order", "eta", "coefficients", "churn", "churn_min", "churn_max", "churn_noise")  # of one --method
+_OF_METHOD = ("order", "eta", "coefficients", "churn", "churn_min", "churn_max", "churn_noise")  # belong to one method
 _STEPS = ("--steps", "--num-steps", "--num-inference-steps")  # options of other programs
 
 
