@@ -381,6 +381,12 @@ def test_another_method_leaves_the_recommended_order_and_eta(tmp_path, options, 
     assert capsys.readouterr().out.startswith(f"ODESampler(3 levels 1 -> 0.01, {expected}")
 
 
+def test_another_method_leaves_the_recommended_churn(tmp_path, capsys):
+    _saved(tmp_path / "net", SamplerSettings("ode", levels=3, churn=2, churn_noise=1.003))
+    assert _sample(tmp_path / "net", tmp_path / "a.png", "-n", 1, "--method", "unipc") == 0
+    assert capsys.readouterr().out.startswith("ODESampler(3 levels 1 -> 0.01, unipc, 3 network calls)")
+
+
 @pytest.mark.slow
 def test_every_sampler_is_an_option(folder, tmp_path, capsys):
     for name, sampler in SAMPLERS.items():
