@@ -125,11 +125,23 @@ def test_the_spectrum_of_a_wave_is_at_its_wave_number():
 
 def test_errors_of_scaled_fields_and_distances_of_shifted_values():
     x = normal(50, 2, 16).cumsum(2)
+    x -= x.mean((0, 2), keepdim=True)
     for found in spectrum_error(math.sqrt(1.2) * x, x):
         assert found.value == pytest.approx(0.2, rel=1e-9)
     assert values_distance(x + 3, x).value == pytest.approx(3, rel=1e-9)
     with pytest.raises(ValueError, match=r"for signals and fields \(N, C, ...\), got shape \(4, 3\)"):
         power_spectrum(torch.zeros(4, 3))
+
+
+def test_the_error_of_a_spectrum_does_not_depend_on_the_units_of_the_channels():
+    """White noise, whose power is too large at one wave number."""
+    x, wave = normal(500, 2, 16), torch.cos(2 * torch.pi * 3 * torch.arange(16) / 16)
+    y, units = x + wave * normal(500, 1, 1, number=1), torch.tensor([[1e4], [1e-3]])
+    found = spectrum_error(y, x)
+    assert float(found[1].value) > 1
+    for mean in (torch.zeros(2, 1), torch.tensor([[1e6], [-0.2]])):
+        for expected, each in zip(found, spectrum_error(mean + units * y, mean + units * x), strict=True):
+            assert each.value == pytest.approx(expected.value, rel=1e-6)
 
 
 def test_values_are_taken_from_all_places_of_large_sets(monkeypatch):

@@ -58,6 +58,9 @@ def spectrum_error(
 ) -> tuple[Estimate, Estimate]:
     """The relative error of the mean power spectrum of samples (N, C, ...) from that of data (M, C, ...).
 
+    Each channel is standardized by its mean and its standard deviation in the data. Otherwise wave number 0 would have
+    nearly all power of values such as 280 +- 10 kelvin, and channels of small values would have none.
+
     Args:
         samples: the samples.
         reference: the data.
@@ -67,19 +70,21 @@ def spectrum_error(
         The root mean square, weighted by the power, and the largest, over the wave numbers with the most power that
         together hold 99 % of it; each with its standard error by bootstrap. Channels count separately.
     """
-    x, y = (power_spectrum(each).flatten(1) for each in (samples, reference))
+    std, mean = torch.std_mean(reference, [0, *range(2, reference.ndim)], keepdim=True)
+    std = torch.where(std > 0, std, 1)
+    x, y = (power_spectrum((each - mean) / std).flatten(1) for each in (samples, reference))
     power = y.mean(0)
     order = power.argsort(descending=True)
     kept = order[: 1 + int((power[order].cumsum(0) < _MOST * power.sum()).sum())]
     x, y, rng = x[:, kept], y[:, kept], single_generator(generator)
 
-    def mean(rows: Tensor) -> Tensor:
+    def means(rows: Tensor) -> Tensor:
         """The mean spectrum of all rows, and those of bootstrap samples of them."""
         drawn = torch.randint(len(rows), (_RESAMPLED, len(rows)), generator=rng, device="cpu").to(rows.device)
         counts = rows.new_zeros(_RESAMPLED, len(rows)).scatter_add_(1, drawn, rows.new_ones(1).expand(drawn.shape))
         return torch.cat([rows.mean(0)[None], counts @ rows / len(rows)])
 
-    above, below = mean(x), mean(y)
+    above, below = means(x), means(y)
     errors = (above / below - 1).abs()
     found = ((errors.square() * below).sum(1) / below.sum(1)).sqrt(), errors.amax(1)
     return tuple(Estimate(float(each[0]), float(each[1:].std())) for each in found)  # type: ignore[return-value]
