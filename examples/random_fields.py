@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from scorematch import ScoreNet
 from scorematch.evaluation import power_spectrum, spectrum_error
 from scorematch.restoration import Mask, Observation, summary
 from scorematch.sampling import ODESampler, recommended_sampler
-from scorematch.training import train
+from scorematch.training import LevelMixture, LogNormal, LogUniform, train
 
 SIDE = 32
 
 
-def fields(slope: Tensor) -> Tensor:
+def fields(slope: torch.Tensor) -> torch.Tensor:
     """Fields (N, 1, 32, 32) for slopes (N, 1)."""
     k = torch.fft.fftfreq(SIDE, 1 / SIDE)
     square = (k[:, None] ** 2 + k**2).clamp(min=1)
@@ -43,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     examples, steps, n, draws = (100, 5, 4, 2) if args.smoke else (100_000, 5000, 512, 32)
     torch.manual_seed(0)
     slope = 1.5 + 3 * torch.rand(examples, 1)  # beyond 2 and 4: a network is least accurate at the ends
-    options = {"widths": (32, 64), "layers_per_block": 1, "padding": "circular", "patch": 2, "pixel_channels": 16}
+    options = {"widths": (64, 128), "layers_per_block": 1, "padding": "circular", "patch": 2, "pixel_channels": 16}
     net = ScoreNet.unet(1, SIDE, condition_features=1, **options)
     data = {"x": fields(slope), "condition": slope}
-    net = train(net, data, args.out, images=32 * steps, batch_size=32, augment=["shift"], optimizer="muon", lr=0.01)
+    levels = LevelMixture((LogNormal(-0.5, 1.2), LogNormal(-0.5, 1.2), LogUniform(0.5, 100)))
+    training = {"levels": levels, "augment": ["shift"], "optimizer": "muon", "lr": 0.005, "fixed_norms": True}
+    net = train(net, data, args.out, images=32 * steps, batch_size=32, **training)
     figure = Figure(figsize=(12, 2.4), layout="constrained")
     left, *axes = figure.subplots(1, 6)
     for i, value in enumerate((2.0, 3.0, 4.0)):
