@@ -1,4 +1,4 @@
-"""Random fields with a parameter: samples whose spectrum follows it, and a gap filled with its uncertainty.
+"""Random fields with a parameter: samples whose spectrum follows it, a gap, and super-resolution.
 
     python examples/random_fields.py --out runs/fields
 
@@ -14,11 +14,11 @@ import torch
 
 from scorematch import ScoreNet
 from scorematch.evaluation import power_spectrum, spectrum_error
-from scorematch.restoration import Mask, Observation, summary
+from scorematch.restoration import AveragePool, Mask, Observation, summary
 from scorematch.sampling import ODESampler, recommended_sampler
 from scorematch.training import LevelMixture, LogNormal, LogUniform, train
 
-SIDE = 32
+SIDE, PANELS = 32, ("field", "measured", "mean", "draw", "deviation")
 
 
 def fields(slope: torch.Tensor) -> torch.Tensor:
@@ -48,31 +48,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     levels = LevelMixture((LogNormal(-0.5, 1.2), LogNormal(-0.5, 1.2), LogUniform(0.5, 100)))
     training = {"levels": levels, "augment": ["shift"], "optimizer": "muon", "lr": 0.005, "fixed_norms": True}
     net = train(net, data, args.out, images=32 * steps, batch_size=32, **training)
-    figure = Figure(figsize=(12, 2.4), layout="constrained")
-    left, *axes = figure.subplots(1, 6)
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    (spectra, *gap), (values, *coarse) = figure.subplots(2, 6)
     for i, value in enumerate((2.0, 3.0, 4.0)):
-        condition = torch.full((n, 1), value)
+        exact = fields(condition := torch.full((n, 1), value))
         drawn = recommended_sampler(net).sample(n, condition=condition, generator=0, progress=False)
-        exact = fields(condition)
         error, floor = spectrum_error(drawn, exact), spectrum_error(fields(condition), exact)
         print(f"slope {value:g}: spectrum {error[0]}, largest {error[1]}; of new fields {floor[0]}, {floor[1]}")
-        for x, style in (exact, "-"), (drawn, "."):
-            left.loglog(range(1, 17), power_spectrum(x).mean((0, 1))[1:17], style, color=f"C{i}")
-    left.set(title="spectra, samples as dots", xlabel="wave number")
+        for x, ls in (exact, "-"), (drawn, ":"):
+            spectra.loglog(range(1, 17), power_spectrum(x).mean((0, 1))[1:17], ls, color=f"C{i}")
+            values.hist(x.flatten().numpy(), torch.linspace(0, 12, 61), log=True, histtype="step", ls=ls, color=f"C{i}")
+    spectra.set_title("spectra, samples dotted")
+    values.set_title("values, samples dotted")
 
-    truth, known = fields(torch.full((1, 1), 3.0)), torch.ones(SIDE, SIDE, dtype=torch.bool)
-    known[8:24, 8:24] = False
-    observation = Observation(Mask(known), truth * known, sigma=0.02)
-    given = {"condition": torch.full((draws, 1), 3.0), "observation": observation}
-    filled = ODESampler(net, levels=32, method="heun").sample(draws, **given, generator=0, progress=False)
-    found = summary(filled)
-    error, deviation = found.errors(truth[0], ~known)
-    print(f"in the gap: rmse of the mean {error:.3f}, deviation {deviation:.3f}, fields {truth.std():.3f}")
-    shown = {"truth": truth[0], "measured": truth[0] * known, "mean": found.mean, "draw": filled[0]}
-    shown["deviation"] = found.deviation
-    for axis, (name, x) in zip(axes, shown.items(), strict=True):
-        axis.imshow(x[0].numpy(), vmin=0, vmax=None if name == "deviation" else float(truth.max()))
-        axis.set(title=name, xticks=[], yticks=[])
+    truth, hidden = fields(torch.full((1, 1), 3.0)), torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    hidden[8:24, 8:24] = True
+    for name, operator, where, row in ("gap", Mask(~hidden), hidden, gap), ("means", AveragePool(4), None, coarse):
+        y = operator.measure(truth)
+        given = {"condition": torch.full((draws, 1), 3.0), "observation": Observation(operator, y, sigma=0.02)}
+        drawn = ODESampler(net, levels=32, method="heun").sample(draws, **given, generator=0, progress=False)
+        found = summary(drawn)
+        print("{}: rmse of the mean {:.3f}, deviation {:.3f}".format(name, *found.errors(truth[0], where)))
+        shown = truth[0], y[0], found.mean, drawn[0], found.deviation
+        for axis, title, x in zip(row, PANELS, shown, strict=True):
+            axis.imshow(x[0].numpy(), vmin=0, vmax=None if title == "deviation" else float(truth.max()))
+            axis.set(title=title, xticks=[], yticks=[])
     figure.savefig(args.out / "fields.png", dpi=70)
 
 
