@@ -377,7 +377,7 @@ def test_start_without_a_recipe_trains_the_given_network(faces, run, tmp_path, c
     assert main([*arguments, "--device", "cpu"]) == 0
     net, data, _, found = calls[0]
     assert data.shape == net.sample_shape == (3, 8, 8) and found["start"] == start
-    assert _same(net.state_dict(), _weights(run[0])) and (found["images"], found["lr"]) == (20_000, 2e-4)
+    assert _same(net.state_dict(), _weights(run[0])) and (found["images"], found["lr"]) == (20_000, 5e-4)
     printed = capsys.readouterr().out
     assert f"network   {start}: " in printed and f"\n          begins with the weights of {start}\n" in printed
     assert found["augment"] == ("nonleaking",) and "\n          augmented: pictures are mirrored, " in printed
@@ -522,7 +522,7 @@ def test_the_network_to_begin_with_gets_the_classes_of_the_data(tmp_path, calls,
     trained, _, _, found = calls[0]
     assert trained.class_names == (("cow", "dog") if options else None)
     assert trained.conditioning.null_class == bool(options)
-    assert (found["images"], found["lr"], found["batch_size"]) == (20_000, 2e-4, 4)
+    assert (found["images"], found["lr"], found["batch_size"]) == (20_000, 5e-4, 4)
     assert f"begins with the weights of {tmp_path / 'network'}; {kept}\n" in capsys.readouterr().out
     assert main([*map(str, arguments), "--device", "cpu", "--quiet", "--images", "8", "--lr", "0.1"]) == 0
     assert (calls[1][-1]["images"], calls[1][-1]["lr"]) == (8, 0.1)

@@ -188,8 +188,23 @@ def test_changes_of_which_the_network_is_told_do_not_leak():
     assert error(changed(blob.expand(2000, -1, -1, -1), numbers).mean(0)) > 0.15
 
 
-def test_a_start_with_few_pictures_augments_them():
+def test_a_start_with_few_pictures_augments_them_and_has_small_batches():
     net = ScoreNet.unet(1, 8, widths=(12,), layers_per_block=1)
-    for n, wanted in [(99, ("nonleaking",)), (100, None)]:
-        data = open_images(torch.zeros(n, 1, 8, 8, dtype=torch.uint8))
-        assert fine_tuning(net, data, Settings()).get("augment") == wanted
+    for n, augment, batch_size in [
+        (9, ("nonleaking",), 9),
+        (99, ("nonleaking",), 24),
+        (100, None, 24),
+        (3000, None, 128),
+    ]:
+        found = fine_tuning(net, open_images(torch.zeros(n, 1, 8, 8, dtype=torch.uint8)), Settings())
+        assert (found.get("augment"), found["batch_size"]) == (augment, batch_size)
+        assert found["images"] // found["batch_size"] >= 750
+    assert fine_tuning(net, open_images(torch.zeros(9, 1, 8, 8)), Settings(images=64))["batch_size"] == 8
+
+
+def test_a_start_with_a_wide_network_has_a_lower_rate():
+    rates = []
+    for width in (12, 640, 1280):
+        net = ScoreNet.unet(1, 8, widths=(width,), layers_per_block=1)
+        rates.append(fine_tuning(net, open_images(torch.zeros(100, 1, 8, 8)), Settings())["lr"])
+    assert rates[0] == 5e-4 > rates[1] == pytest.approx(2 * rates[2], rel=0.05)  # inversely proportional to the width
