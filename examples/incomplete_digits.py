@@ -62,17 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     digits = load_digits(args.data, "train")[0][: args.digits].float() / 255
     options = {"augment": (), "optimizer": "muon", "lr": 0.01, "batch_size": min(32, args.digits // 2), "ema": (0.05,)}
+    measured = measure(digits, args.missing, args.sigma)
     sampler = partial(ODESampler, levels=args.levels, restore="shift")
-    prior = train_from_observations(
-        build(),
-        measure(digits, args.missing, args.sigma),
-        args.out,
-        stages=args.stages,
-        images=args.images,
-        sampler=sampler,
-        held_out=args.digits // 20,
-        **options,
-    )
+    stages = {"stages": args.stages, "images": args.images, "sampler": sampler, "held_out": args.digits // 20}
+    prior = train_from_observations(build(), measured, args.out, **stages, **options)
     print((args.out / "report.md").read_text("utf-8"))
     clean = train(build(), digits, args.out / "clean", images=args.stages * args.images, **options)
     test, ten = load_digits(args.data, "test")[0][:2000], SamplerSettings("ode", levels=10, method="dpm-solver++")
