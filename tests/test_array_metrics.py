@@ -142,6 +142,8 @@ def test_the_error_of_a_spectrum_does_not_depend_on_the_units_of_the_channels():
     for mean in (torch.zeros(2, 1), torch.tensor([[1e6], [-0.2]])):
         for expected, each in zip(found, spectrum_error(mean + units * y, mean + units * x), strict=True):
             assert each.value == pytest.approx(expected.value, rel=1e-6)
+    pixels = (20 * x + 128).clamp(0, 255).byte()
+    assert spectrum_error(pixels[:250], pixels[250:]) == spectrum_error(pixels[:250].float(), pixels[250:].float())
 
 
 def test_values_are_taken_from_all_places_of_large_sets(monkeypatch):

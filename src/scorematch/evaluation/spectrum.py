@@ -70,7 +70,8 @@ def spectrum_error(
         The root mean square, weighted by the power, and the largest, over the wave numbers with the most power that
         together hold 99 % of it; each with its standard error by bootstrap. Channels count separately.
     """
-    std, mean = torch.std_mean(reference, [0, *range(2, reference.ndim)], keepdim=True)
+    floats = reference.to(torch.promote_types(reference.dtype, torch.float32))  # whole numbers have no deviation
+    std, mean = torch.std_mean(floats, [0, *range(2, reference.ndim)], keepdim=True)
     std = torch.where(std > 0, std, 1)
     x, y = (power_spectrum((each - mean) / std).flatten(1) for each in (samples, reference))
     power = y.mean(0)

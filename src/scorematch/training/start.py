@@ -29,7 +29,7 @@ _FREE = {"sample_shape", *FREE_KEYS}
 # Of a run without --recipe that begins with a trained network: epochs of the data, the fewest images and steps, and the
 # rate. With 500 pictures, 780 steps of 32 images led to far better samples than 196 steps of 128 (docs/training.md).
 _EPOCHS, _FEWEST, _STEPS, _RATE = 50, 20_000, 750, 5e-4
-_PARAMETERS = 8e6  # of a network with this rate; it is for Adam inversely proportional to the width (arXiv:2203.03466)
+_PARAMETERS = 8e6  # up to which this rate holds; above, it is inversely proportional to the width (arXiv:2203.03466)
 _MULTIPLE = 8  # of images in a batch
 SMALL = 2_000  # images; of smaller data the report looks for copies
 _FEW = 100  # images; smaller data, which such a run sees more than 200 times, are augmented without leaking
@@ -39,8 +39,9 @@ def fine_tuning(net: ScoreNet, data: Data, settings: Settings) -> dict[str, Any]
     """The options of ``train`` with which a command trains a trained network further.
 
     A run has 50 epochs, but at least 20,000 images and at most those of ``settings``. The learning rate is half of that
-    of a new network, and lower for more than 8 million parameters. A batch is so small that the run has 750 steps, and
-    not larger than the data. Fewer than 100 pictures are augmented without leaking, if the network can be told.
+    of a new network, and lower for more than 8 million parameters. The batch size is such that the run has at least 750
+    steps; it is 8 or more, but not more than the number of images. Fewer than 100 pictures are augmented without
+    leaking, if the network can be told.
     """
     parameters = sum(parameter.numel() for parameter in net.parameters())
     rate = float(f"{_RATE * min(1.0, math.sqrt(_PARAMETERS / parameters)):.2g}")
