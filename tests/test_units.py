@@ -90,6 +90,13 @@ def test_fit_units_measures_each_channel_and_scales_the_levels():
     assert (net.schedule.sigma_max, net.schedule.sigma_min) == pytest.approx(levels)
 
 
+@pytest.mark.parametrize("levels", [(80.0, 9.0, 0.5, 0.002), (1.5,)])
+def test_fit_units_keeps_the_ratios_of_the_levels(levels):
+    net = ScoreNet(nn.Identity(), NoiseSchedule(levels), sample_shape=SHAPE, value_range=None)
+    net.fit_units(fields())
+    assert torch.allclose(net.schedule.sigmas / net.schedule.sigma_max, torch.tensor(levels).double() / levels[0])
+
+
 @pytest.mark.parametrize("row", sorted(name for name, row in ROWS.items() if row.centered))
 def test_the_coefficients_of_each_channel_are_those_of_its_own_standard_units(row):
     net, x = network(row), fields(3)

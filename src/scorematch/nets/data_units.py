@@ -133,7 +133,7 @@ class DataUnits:
         expected, own, ends = 0.5 / self.preconditioning.units[0], self.schedule, self.value_range
         units = Units(*_numbers(found), len(found.std) > 1, None if image is None else Units(*_numbers(image)))
         self.units, ratio = units, units.typical / expected
-        self.schedule = NoiseSchedule.geometric(own.sigma_max * ratio, own.sigma_min * ratio, len(own))
+        self.schedule = NoiseSchedule(own.sigmas * ratio)
         if ends is not None and ends[0] <= float(found.low.min()) and float(found.high.max()) <= ends[1]:
             self._value_range = ends
 
