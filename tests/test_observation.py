@@ -143,6 +143,17 @@ def test_counts_may_be_integers():
     assert torch.equal(Observation.from_counts(SAME, counts).y, Observation.from_counts(SAME, counts.float()).y)
 
 
+@pytest.mark.parametrize("inner", [AveragePool(2), Mask(torch.arange(24).view(3, 1, 8) % 5 > 0)])
+def test_an_operator_after_another_one_may_measure_vectors(inner):
+    x = random(3, 1, 8)
+    operator = Matrix(random(2, inner.measure(x)[0].numel(), number=1)) @ inner
+    observation = Observation(operator, operator.measure(x), 0.1).of_shape((1, 8))
+    for i in range(3):
+        one = observation.scaled(torch.ones(1, 1)).rows(slice(i, i + 1)).operator
+        matrix = operator_matrix(one, (1, 8))
+        assert torch.allclose(one.decomposition(x[:1]).values, torch.linalg.svdvals(matrix))
+
+
 def test_the_noise_of_a_slice_of_the_batch():
     y = random(3, 4)
     sigma = random(3, 4).abs()

@@ -181,7 +181,8 @@ class Observation:
                 operator = Linear(lambda y: y / t) @ operator @ inner
             t = torch.where(length > 0, t, t.max())  # any number for a value that depends on nothing
         new = copy.copy(self)
-        new._set(operator=operator.with_axes(self.y.ndim), y=self.y / t, sigma=_divided(self.sigma, t), _unit=t)
+        operator = operator.with_axes(self.y.ndim).for_samples(self.y.new_zeros((len(self), *(self.shape or ()))))
+        new._set(operator=operator, y=self.y / t, sigma=_divided(self.sigma, t), _unit=t)
         return new
 
     def log_unit(self) -> Tensor:
@@ -257,7 +258,7 @@ class Observation:
                 f"y must have shape {tuple(measured.shape[1:])} for each image, the result of {self.operator!r}, got "
                 f"{tuple(self.y.shape[1:])}."
             )
-        self._set(shape=shape)
+        self._set(shape=shape, operator=self.operator.for_samples(zeros))
         generator = torch.Generator().manual_seed(0)
         u, w = (standard_normal(zeros.shape, generator, zeros.device).to(zeros) for _ in range(2))
         # TF32 could exceed the tolerance. Under autocast a measurement may be in bfloat16.

@@ -175,6 +175,10 @@ class Operator(ABC):
         """
         return self
 
+    def for_samples(self, x: Tensor) -> Operator:
+        """The operator for batches like x: ``with_axes``, in a composition with the axes of what each part measures."""
+        return self.with_axes(x.ndim)
+
     def rows(self, rows: slice | Tensor) -> Operator:
         """The operator for a slice of the batch or for indices: with one mask per image, the masks of those images."""
         return self
@@ -404,6 +408,16 @@ class _Composition(Operator):
             return self
         new = _Composition(self.outer.with_axes(axes), self.inner.with_axes(axes))
         new._axes = axes
+        return new
+
+    def for_samples(self, x: Tensor) -> Operator:
+        """The composition of both, each for batches like those that it measures."""
+        inner = self.inner.for_samples(x)
+        outer = self.outer.for_samples(inner.measure(x))
+        if (outer, inner) == (self.outer, self.inner):
+            return self
+        new = _Composition(outer, inner)
+        new._axes = self._axes
         return new
 
     def rows(self, rows: slice | Tensor) -> Operator:
