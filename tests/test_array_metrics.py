@@ -133,6 +133,16 @@ def test_errors_of_scaled_fields_and_distances_of_shifted_values():
         power_spectrum(torch.zeros(4, 3))
 
 
+@pytest.mark.parametrize("shape", [(2, 16), (1, 8)])
+def test_figures_of_fields_of_different_shapes_and_of_constant_data_are_an_error(shape):
+    x, y = normal(5, *shape), normal(5, 1, 16)
+    for figure in (spectrum_error, values_distance):
+        with pytest.raises(ValueError, match=r"must have the shape of the data, \(1, 16\) without the batch, got"):
+            figure(x, y)
+    with pytest.raises(ValueError, match="reference must be finite and not constant"):
+        spectrum_error(y, torch.ones(5, 1, 16))
+
+
 def test_the_error_of_a_spectrum_does_not_depend_on_the_units_of_the_channels():
     """White noise, whose power is too large at one wave number."""
     x, wave = normal(500, 2, 16), torch.cos(2 * torch.pi * 3 * torch.arange(16) / 16)

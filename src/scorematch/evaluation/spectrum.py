@@ -69,12 +69,18 @@ def spectrum_error(
     Returns:
         The root mean square, weighted by the power, and the largest, over the wave numbers with the most power that
         together hold 99 % of it; each with its standard error by bootstrap. Channels count separately.
+
+    Raises:
+        ValueError: if samples and data have different shapes, or all data are equal.
     """
+    _check_shapes(samples, reference)
     floats = reference.to(torch.promote_types(reference.dtype, torch.float32))  # whole numbers have no deviation
     std, mean = torch.std_mean(floats, [0, *range(2, reference.ndim)], keepdim=True)
     std = torch.where(std > 0, std, 1)
     x, y = (power_spectrum((each - mean) / std).flatten(1) for each in (samples, reference))
     power = y.mean(0)
+    if not power.sum() > 0:  # also true for NaN
+        raise ValueError("reference must be finite and not constant, since its spectrum is the unit of the error.")
     order = power.argsort(descending=True)
     kept = order[: 1 + int((power[order].cumsum(0) < _MOST * power.sum()).sum())]
     x, y, rng = x[:, kept], y[:, kept], single_generator(generator)
@@ -98,7 +104,11 @@ def values_distance(samples: Tensor, reference: Tensor) -> Estimate:
 
     Returns:
         The distance and its standard error over the samples.
+
+    Raises:
+        ValueError: if samples and data have different shapes.
     """
+    _check_shapes(samples, reference)
     x, y = (each.reshape(*each.shape[:2], -1) for each in (samples, reference))
     step = max(1, x.shape[2] * max(len(x), len(y)) // _VALUES)
     places = draw(x.shape[2], max(1, x.shape[2] // step), single_generator(0)).sort().values.to(x.device)
@@ -108,3 +118,11 @@ def values_distance(samples: Tensor, reference: Tensor) -> Estimate:
     value, h, g = (torch.cat(each, -1) for each in zip(*(wasserstein(*part) for part in parts), strict=True))
     over_x, over_y = (each.view(rows.shape).mean((1, 2)) for each, rows in ((h, x), (g, y)))
     return Estimate(float(value.mean()), error_of(over_x, over_y))
+
+
+def _check_shapes(samples: Tensor, reference: Tensor) -> None:
+    if samples.shape[1:] != reference.shape[1:]:
+        raise ValueError(
+            f"samples must have the shape of the data, {tuple(reference.shape[1:])} without the batch, got "
+            f"{tuple(samples.shape[1:])}."
+        )
