@@ -457,6 +457,14 @@ def test_guided_scores_can_be_guided():
     assert both.inference_copy().net.weight == 2.0
 
 
+def test_the_weights_of_classifiers_of_classifiers_add_up():
+    labeled, x = Labeled(), _points()
+    first = classifier(_unconditional(labeled), labeled.logits, 1.5)
+    for inner in (first, autoguidance(first, _unconditional(labeled), 1.0)):
+        found = classifier(inner, labeled.logits, 0.5)(x, 0.3, LABELS)
+        torch.testing.assert_close(found, classifier_free(labeled, 2.0)(x, 0.3, LABELS))
+
+
 @pytest.mark.parametrize("restore", ["replace", "guide", "guide-jacobian"])
 def test_restoration_with_a_classifier_equals_that_with_classifier_free_guidance(restore):
     labeled = Labeled()

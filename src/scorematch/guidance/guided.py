@@ -154,7 +154,8 @@ def classifier(
     r"""Classifier guidance: :math:`s(x) + w\,\nabla_x \log p(c | x, \sigma)`, with the gradient of a classifier.
 
     Args:
-        net: a score. If it takes a class, as its attribute ``conditioning`` says, it gets the condition too.
+        net: a score. If it takes a class, as its attribute ``conditioning`` says, or has a classifier of its own, it
+            gets the condition too.
         classifier: a function that returns the logits of the classes (N, K), called as ``classifier(x, sigma)`` with x
             (N, ...) and sigma (N,), in the units of net. It must be differentiable in x, and trained on noisy data.
         weight: w. 0 is net; values above 1 sharpen the classifier.
@@ -344,7 +345,11 @@ class _Classifier(GuidedScore):
         takes = self.conditioning
         given = as_condition(condition, x, takes)
         labels = given["class"] if isinstance(given, dict) else given
-        score, *share = call(self.net, x, sigma, None if takes is None else given, variance=variance)
+        net = self.net
+        while isinstance(net, DerivedScore) and not isinstance(net, _Classifier):
+            net = net.net
+        known = takes is not None or isinstance(net, _Classifier)
+        score, *share = call(self.net, x, sigma, given if known else None, variance=variance)
         weight = self._weight(sigma, x)
         if not (isinstance(weight, float) and weight == 0):
             score = score + weight * self._gradient(x, as_sigma(sigma, x).expand(len(x)), labels)
