@@ -114,6 +114,18 @@ def test_noise_models_agree_on_the_posterior(operator):
         assert torch.allclose(found.covariance, c - gain @ a @ c, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("restore", ["auto", "moment-matching"])
+def test_functions_may_have_tensors_of_either_precision(dtype, restore):
+    """The sampler computes in float32, and the posterior in float64."""
+    exact = Gaussian([0.0, 1.0], [[1.0, 0.5], [0.5, 1.0]], schedule=NoiseSchedule.geometric(30, 0.01, 20))
+    a, inverse, y = (torch.tensor(each, dtype=dtype) for each in ([[1, 1], [0, 1]], [[3, 1], [1, 2]], [[1, 0]]))
+    observation = Observation(Linear(lambda x: x @ a.T), y, lambda v: v @ inverse)
+    x = run(ODESampler(exact, restore=restore), 1000, observation=observation, generator=seed())
+    assert x.dtype == torch.float32
+    assert torch.allclose(x.mean(0).double(), exact.posterior(observation).mean, atol=0.1)
+
+
 def test_a_value_with_infinite_sigma_is_not_measured():
     prior = Gaussian(random(48), 1.0, SHAPE)
     mask, y = random(1, *SHAPE) > 0, random(1, *SHAPE, number=1)

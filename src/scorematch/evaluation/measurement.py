@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -65,10 +64,10 @@ def _noise_covariance(observation: Observation) -> Tensor:
 
 def _precision(observation: Observation) -> Tensor:
     """The inverse of the covariance of the noise (M, M), a function, of the first sample; 1 where y is not observed."""
-    y, product = observation.y[:1].double(), cast(Callable[[Tensor], Tensor], observation.sigma)
-    seen = observation.rows(slice(0, 1)).observed(torch.ones_like(y)).flatten()
+    y, first = observation.y[:1].double(), observation.rows(slice(0, 1))
+    seen = first.observed(torch.ones_like(y)).flatten()
     units = torch.eye(y.numel(), dtype=y.dtype, device=y.device).view(-1, *y.shape[1:])
-    return product(units).flatten(1) * seen * seen[:, None] + (1 - seen).diag()
+    return first.precision(units).flatten(1) * seen[:, None] + (1 - seen).diag()
 
 
 def noise_of(observation: Observation, generator: torch.Generator | None) -> Tensor:

@@ -17,6 +17,21 @@ from scorematch.restoration.operator import Operator, kind_of
 __all__ = ["Linear", "Matrix"]
 
 
+def in_own_dtype(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The values of a function at x, in x's dtype; one that has tensors of the other precision is computed in it.
+
+    Samplers compute in float32, and exact posteriors in float64.
+    """
+    try:
+        return function(x)
+    except RuntimeError:
+        try:
+            return function(x.to(torch.float64 if x.dtype == torch.float32 else torch.float32)).to(x)
+        except (RuntimeError, TypeError):  # TypeError on a device without float64
+            pass
+        raise
+
+
 class Linear(Operator):
     """A linear function as an operator; its adjoint is computed by automatic differentiation.
 
@@ -43,7 +58,7 @@ class Linear(Operator):
 
     def measure(self, x: Tensor) -> Tensor:
         """The values of the function."""
-        return self.function(x)
+        return in_own_dtype(self.function, x)
 
 
 class Matrix(Operator):

@@ -18,7 +18,7 @@ from scorematch.core.batches import check_data
 from scorematch.core.precision import exact_float32
 from scorematch.core.randomness import standard_normal
 from scorematch.core.schema import Field
-from scorematch.restoration.linear import Linear
+from scorematch.restoration.linear import Linear, in_own_dtype
 from scorematch.restoration.operator import Operator, kind_of
 from scorematch.restoration.operators import Mask
 
@@ -230,7 +230,8 @@ class Observation:
 
     def precision(self, values: Tensor) -> Tensor:
         """The product with the inverse of the covariance, 0 where y is not observed, and infinite without noise."""
-        return self.observed(self.sigma(values) if callable(self.sigma) else values / self.sigma**2)
+        sigma = self.sigma
+        return self.observed(in_own_dtype(sigma, values) if callable(sigma) else values / sigma**2)
 
     # -- Checks -------------------------------------------------------------------------------------------------------
 
