@@ -7,7 +7,7 @@ import torch
 
 from scorematch import NoiseSchedule
 from scorematch.evaluation.exact import Gaussian, operator_matrix
-from scorematch.restoration import JPEG, AveragePool, Grayscale, Linear, Mask, Matrix, Observation, Operator
+from scorematch.restoration import JPEG, AveragePool, Clip, Grayscale, Linear, Mask, Matrix, Observation, Operator
 from scorematch.sampling import ODESampler
 from tests.helpers import run, seed
 
@@ -164,6 +164,21 @@ def test_an_operator_after_another_one_may_measure_vectors(inner):
         one = observation.scaled(torch.ones(1, 1)).rows(slice(i, i + 1)).operator
         matrix = operator_matrix(one, (1, 8))
         assert torch.allclose(one.decomposition(x[:1]).values, torch.linalg.svdvals(matrix))
+
+
+def test_values_of_an_operator_that_is_not_linear_are_in_the_units_of_their_channels():
+    """Otherwise a method that has one number for all values neglects those of small units."""
+    ratios, middle, u = torch.tensor([[20.0], [0.1]]), torch.tensor([[5.0], [-30.0]]), random(3, 2, 4)
+    observation = Observation(Clip(-4, 110), random(3, 2, 4, number=1), 0.5).scaled(ratios, middle)
+    assert torch.allclose(observation.y, random(3, 2, 4, number=1) / ratios)
+    assert torch.allclose(observation.sigma * torch.ones(2, 4), 0.5 / ratios)
+    x = ratios * (middle + u)
+    assert torch.allclose(observation.operator.measure(middle + u), x.clamp(-4, 110) / ratios)
+
+
+def test_a_measurement_of_nothing_has_units():
+    observation = Observation(Matrix(torch.zeros(2, 3)), torch.ones(1, 2), 1.0).of_shape((3,))
+    assert observation.scaled(torch.tensor([1.0, 2.0, 3.0])).y.isfinite().all()
 
 
 def test_the_noise_of_a_slice_of_the_batch():

@@ -159,27 +159,30 @@ class Observation:
             new._check(tuple(shape))
         return new
 
-    def scaled(self, ratios: float | Tensor) -> Observation:
+    def scaled(self, ratios: float | Tensor, middle: float | Tensor = 0.0, deviation: float = 1.0) -> Observation:
         """The observation of u for samples x = ratios u, where the ratios are positive and broadcast to x.
 
         If A(ratios u) = t A(u) with a number t for each value of y, it is that of y / t with the same operator.
-        Otherwise the operator is u -> A(ratios u) / t, where t is 1 for an operator that is not linear.
+        Otherwise the operator is u -> A(ratios u) / t, with the ratio t of the changes of A near samples with this
+        mean and standard deviation of u.
         """
         if not isinstance(ratios, Tensor):
             return self
-        operator, inner, t = self.operator, Linear(lambda u: u * ratios), torch.ones_like(self.y[:1])
-        if not operator.is_linear:
-            operator = operator @ inner
-        else:
-            generator, shape = torch.Generator().manual_seed(0), (_PROBES, len(operator), *(self.shape or ()))
-            u = standard_normal(shape, generator, self.y.device)
-            plain, scaled = (torch.stack([operator.measure(each) for each in r * u]) for r in (1.0, ratios))
-            length, square = (each.square().sum((0, 1))[None] for each in (plain, scaled))
-            t = ((plain * scaled).sum((0, 1)) / length).nan_to_num(0.0)
-            if not bool(((scaled - t * plain).square().sum((0, 1)) <= _TOLERANCE**2 * square).all()):
-                t = (square / length).sqrt().nan_to_num(0.0)
-                operator = Linear(lambda y: y / t) @ operator @ inner
-            t = torch.where(length > 0, t, t.max())  # any number for a value that depends on nothing
+        operator, inner = self.operator, Linear(lambda u: u * ratios)
+        generator, shape = torch.Generator().manual_seed(0), (_PROBES, len(operator), *(self.shape or ()))
+        u = standard_normal(shape, generator, self.y.device)
+        near = [operator.linearized(place) for place in ratios * (middle + deviation * u.flip(0))]
+        plain, scaled = (
+            torch.stack([at.forward(each) for at, each in zip(near, r * u, strict=True)]) for r in (1.0, ratios)
+        )
+        length, square = (each.square().sum((0, 1))[None] for each in (plain, scaled))
+        t = ((plain * scaled).sum((0, 1)) / length).nan_to_num(0.0)
+        same = (scaled - t * plain).square().sum((0, 1)) <= _TOLERANCE**2 * square
+        if not (operator.is_linear and bool(same.all())):
+            t = (square / length).sqrt().nan_to_num(0.0)
+            operator = Linear(lambda y: y / t) @ operator @ inner
+        # Any number for a value that depends on nothing.
+        t = torch.where(length > 0, t, t.max() if bool(t.max() > 0) else 1.0)
         new = copy.copy(self)
         operator = operator.with_axes(self.y.ndim).for_samples(self.y.new_zeros((len(self), *(self.shape or ()))))
         new._set(operator=operator, y=self.y / t, sigma=_divided(self.sigma, t), _unit=t)

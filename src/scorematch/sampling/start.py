@@ -28,7 +28,7 @@ from scorematch.core.batches import without_history
 from scorematch.core.conditions import as_class, check_type, class_of_each, length, map_parts
 from scorematch.core.derived import ratios_of
 from scorematch.core.randomness import Generator, as_generator, standard_normal, uniform
-from scorematch.core.scores import Given, Score, attribute, device_of, middle_of
+from scorematch.core.scores import Given, Score, attribute, device_of, middle_of, variance_of
 from scorematch.noise import NoiseSchedule
 from scorematch.restoration.method import Restoration
 from scorematch.restoration.observation import Observation
@@ -192,7 +192,8 @@ def _restoration(sampler: Configured, observation: Observation, particles: int) 
         )
     if sampler.clamp and value_range is not None and isinstance(observation.sigma, float) and observation.sigma == 0:
         _warn_of_clamping(observation, value_range)
-    observation = observation.scaled(ratios_of(net, observation.y.new_zeros((1, *(observation.shape or ())))))
+    like = observation.y.new_zeros((1, *(observation.shape or ())))
+    observation = observation.scaled(ratios_of(net, like), middle_of(net, like), variance_of(net) ** 0.5)
     if particles > 1 and len(observation) > 1:
         observation = observation.rows(torch.arange(len(observation), device="cpu").repeat_interleave(particles))
     return sampler.restoration(observation)
