@@ -317,6 +317,12 @@ def test_integers_are_not_measured():
         network().fit_units(torch.arange(256).view(2, 2, 8, 8))
 
 
+@pytest.mark.parametrize("data", [fields().numpy(), [[1.0, 2.0]], None])
+def test_only_tensors_and_opened_arrays_are_measured(data):
+    with pytest.raises(TypeError, match=r"the result of open_arrays, got .* Write torch.as_tensor\(data\)"):
+        network().fit_units(data)
+
+
 def test_data_of_another_number_of_channels_raise():
     net = network()
     net.units = Units((0.0,), (1.0,))

@@ -111,6 +111,11 @@ class DataUnits:
                 raise TypeError(f"data must be floating point, got {data.dtype}. Write data.float().")
             check_data(data, "data")
             data = ArrayData(to_array(data), condition, "data")
+        elif not hasattr(data, "read"):
+            raise TypeError(
+                "data must be a floating-point tensor (N, ...) or the result of open_arrays, got "
+                f"{type(data).__name__}. Write torch.as_tensor(data)."
+            )
         own = self.sample_shape
         if own is not None and (len(data.shape), data.shape[0]) != (len(own), own[0]):
             raise ValueError(f"data must have samples like those of the network, {own}, got {tuple(data.shape)}.")
