@@ -590,6 +590,13 @@ def test_an_image_size_is_a_side_or_height_x_width():
             _size(text)
 
 
+def test_one_picture_is_one_image(faces, tmp_path, capsys):
+    (tmp_path / "one").mkdir()
+    shutil.copy(faces / "0.png", tmp_path / "one")
+    assert _train(tmp_path / "one", tmp_path / "run", "--batch-size", "1", "--dry-run") == 0
+    assert f"data      1 image of 3 x 8 x 8 from {tmp_path / 'one'}\n" in capsys.readouterr().out
+
+
 # -- Bad input
 
 

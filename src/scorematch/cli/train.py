@@ -488,12 +488,12 @@ def _announce(
     if isinstance(data, ArrayData):
         word, name = "sample", ScoreNet.mlp.__name__ if len(data.shape) == 1 else ScoreNet.unet.__name__
         vectors = f", each with a vector of {data.features} values," if data.features else ""
-        print(f"data      {len(data):,} samples of {size}{_SIDES[len(data.shape)]}{vectors} from {args.data}")
+        print(f"data      {count(len(data), 'sample')} of {size}{_SIDES[len(data.shape)]}{vectors} from {args.data}")
         if net.units is not None:
             print(f"          {net.units}")
     else:
         color = ", converted from color," if data.from_color else ""
-        print(f"data      {len(data):,} images of {size}{color} from {args.data}")
+        print(f"data      {count(len(data))} of {size}{color} from {args.data}")
         if data.skipped:
             print(f"          left out: {count(len(data.skipped))} that cannot be read, {few(data.skipped)}")
     if data.classes is not None and args.labels:
