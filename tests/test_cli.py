@@ -153,6 +153,8 @@ def test_options_may_precede_an_optional_argument(options, name, value):
         ),
         (["sample", "mnist", "x.png", "--steps", "10"], "--steps 10. Write --calls 8, or .* See .* sample --help"),
         (["sample", "mnist", "-n", "4", "x.png", "y.png"], "unrecognized arguments: (x.png )?y.png."),
+        (["sample", "mnist", "x.png", "--calss", "3"], "--calss 3. The nearest option is --class. See"),
+        (["sample", "mnist", "x.png", "--image-size", "9"], "unrecognized arguments: --image-size 9. See"),
         (["sample", "mnist", "x.png", "-n", "few"], "argument -n: must be an integer of at least 1, such as 64, "),
         (["sample", "mnist", "x.png", "-n", "0"], "got '0'. See .* sample --help"),
         (["sample", "mnist", "x.png", "--columns", "0"], "argument --columns: must be an integer of at least 1"),
