@@ -317,9 +317,11 @@ def _run_stages(args: argparse.Namespace, recipe: Recipe) -> None:
         net = load_network(args.start)
     check_observation(net, observation)
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    print(f"data      {len(observation.y):,} measurements of shape {shape} from {args.data}, noise {args.sigma:g}")
+    print(
+        f"data      {count(len(observation.y), 'measurement')} of shape {shape} from {args.data}, noise {args.sigma:g}"
+    )
     print(f"network   {parameters:,} parameters")
-    print(f"training  {settings.stages} stages of {settings.total:,} images")
+    print(f"training  {count(settings.stages, 'stage')} of {settings.total:,} images")
     print(f"out       {args.out}", flush=True)
     if not args.dry_run:
         train_from_observations(net, observation, args.out, **options, progress=not args.quiet, accelerator=accelerator)
