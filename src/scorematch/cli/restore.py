@@ -117,7 +117,7 @@ def add(commands: Commands) -> None:
         "the recommended one of a network that was trained to restore; for any other ode with "
         "--method dpm-solver++ --eta 1",
     )
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, instead={**parser.get_default("instead"), "--mask": "Write --operator mask:FILE"})
 
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:

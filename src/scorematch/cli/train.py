@@ -57,6 +57,7 @@ _FOR_PICTURES = ("recipe", "image_size", "channels", "crop", "strict", "cache", 
 _INSTEAD = {  # of options of other programs
     "--epochs": "Write the number of images, --images 500k; an epoch is the number of pictures in the data",
     "--steps": "Write the number of images, --images 500k; a step has --batch-size images",
+    "--learning-rate": "Write --lr 1e-4",
     "--resume": "Repeat the command of the run: it continues",
 }
 
