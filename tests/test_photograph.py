@@ -349,6 +349,16 @@ def test_restore_takes_files_of_every_kind_and_says_what_it_leaves_out(folder, t
         assert torch.equal(given[:, known], found[:, known])
 
 
+def test_a_small_hole_is_not_said_to_be_nothing(folder, tmp_path, capsys):
+    known = torch.ones(40, 40)
+    known[0, 0] = 0
+    save_image(known[None], tmp_path / "mask.png")
+    save_image(_picture(40, 40)[0], tmp_path / "x.png")
+    operator = f"mask:{tmp_path}/mask.png"
+    assert main(_command(folder, tmp_path / "x.png", tmp_path / "out", "--operator", operator, "--resize")) == 0
+    assert f"99.94 % of the image is observed with {operator}\n" in capsys.readouterr().out
+
+
 def test_a_folder_that_was_interrupted_is_continued(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "in").mkdir()
     for name in "abc":

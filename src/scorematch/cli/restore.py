@@ -290,7 +290,8 @@ class _Picture:
     def observed(self) -> str | None:
         """A line with the share of the image that is observed; None if all of it is."""
         share = float(self._operator.seen(self._y).float().mean())
-        return None if share == 1 else f"{100 * share:.0f} % of the image is observed with {self._args.operator}"
+        digits = ".0f" if 0.01 < share < 0.99 else ".4g"
+        return None if share == 1 else f"{100 * share:{digits}} % of the image is observed with {self._args.operator}"
 
     def luma(self) -> str | None:
         """A line if a picture in color is restored from its luma, otherwise None."""
