@@ -11,6 +11,7 @@ from scorematch import ScoreNet
 from scorematch.cli.options.measurements import read_measurements
 from scorematch.core.conditions import Condition
 from scorematch.data import open_arrays
+from scorematch.data.array_data import find_arrays
 from scorematch.data.moments import moments
 from scorematch.training import Settings, train, train_steps
 from scorematch.training.augment import augmented
@@ -89,6 +90,15 @@ def test_values_of_netcdf_that_stand_for_gaps_are_nan(tmp_path):
     assert (~read_measurements(tmp_path / "x.nc", None, 0.1, None).mask).nonzero().tolist() == [[7, 1, 4]]
     with pytest.raises(ValueError, match=r"array x, or only one of data .* got 'group', 'y', 'z'. Write open_arrays"):
         open_arrays(tmp_path / "x.nc")
+
+
+def test_images_of_8_bits_in_hdf5_are_refused_with_a_way(tmp_path):
+    import h5py
+
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["images"] = np.zeros((4, 8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"x.h5 has uint8 images, 'images', .* Write np.savez\("):
+        find_arrays(tmp_path / "x.h5")
 
 
 @pytest.mark.slow

@@ -590,6 +590,13 @@ def test_an_image_size_is_a_side_or_height_x_width():
             _size(text)
 
 
+def test_one_picture_is_one_image(faces, tmp_path, capsys):
+    (tmp_path / "one").mkdir()
+    shutil.copy(faces / "0.png", tmp_path / "one")
+    assert _train(tmp_path / "one", tmp_path / "run", "--batch-size", "1", "--dry-run") == 0
+    assert f"data      1 image of 3 x 8 x 8 from {tmp_path / 'one'}\n" in capsys.readouterr().out
+
+
 # -- Bad input
 
 
@@ -746,8 +753,9 @@ def test_pictures_with_masks_train_a_prior(damaged, tmp_path):
 
 def test_pictures_and_their_masks_are_read_in_the_same_order(damaged, tmp_path, capsys):
     options = ("--out", str(tmp_path / "out"), "--observed-where", str(tmp_path / "masks"), *STAGES)
-    assert main(["train", str(damaged), *options, "--dry-run"]) == 0
-    assert "12 measurements of shape (3, 16, 16)" in capsys.readouterr().out
+    assert main(["train", str(damaged), *options, "--stages", "1", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "12 measurements of shape (3, 16, 16)" in printed and "training  1 stage of " in printed
     assert not (tmp_path / "out").exists()
     read = read_measurements(damaged, tmp_path / "masks", 0.1, 1)
     assert read.y.shape == (12, 1, 16, 16)

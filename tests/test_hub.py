@@ -224,7 +224,7 @@ LOADING_ERRORS = [
     ("ScoreNet.from_pretrained('someone/latent')", "is a latent pipeline, with a vqvae/"),
     (
         "ScoreNet.from_pretrained('someone/ddpm', local_files_only=True)",
-        "someone/ddpm is not in the cache, .* and local_files_only is set. Download it first",
+        "someone/ddpm is not in the cache, .* and local_files_only is set. .* There is no folder of this name either",
     ),
     ("ScoreNet.from_pretrained('someone/a..b')", "'someone/a..b' is not the name of a repository"),
 ]

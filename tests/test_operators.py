@@ -419,6 +419,11 @@ class Sums(Operator):
         return self.factor * y.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
 
+@pytest.mark.slow
+def test_the_gain_fits_for_photographs_of_many_pixels():
+    assert Observation(Grayscale(), torch.zeros(1, 1, 2000, 3000)).shape == (3, 2000, 3000)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_gain_must_be_that_of_measure_and_pseudo_inverse(dtype):
     y = random(2, 3, 4, 6).to(dtype)

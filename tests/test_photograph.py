@@ -349,17 +349,27 @@ def test_restore_takes_files_of_every_kind_and_says_what_it_leaves_out(folder, t
         assert torch.equal(given[:, known], found[:, known])
 
 
+def test_a_small_hole_is_not_said_to_be_nothing(folder, tmp_path, capsys):
+    known = torch.ones(40, 40)
+    known[0, 0] = 0
+    save_image(known[None], tmp_path / "mask.png")
+    save_image(_picture(40, 40)[0], tmp_path / "x.png")
+    operator = f"mask:{tmp_path}/mask.png"
+    assert main(_command(folder, tmp_path / "x.png", tmp_path / "out", "--operator", operator, "--resize")) == 0
+    assert f"99.94 % of the image is observed with {operator}\n" in capsys.readouterr().out
+
+
 def test_a_folder_that_was_interrupted_is_continued(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "in").mkdir()
     for name in "abc":
         save_image(_picture(16, 16)[0], tmp_path / "in" / f"{name}.png")
     out, saved = tmp_path / "out", []
 
-    def interrupted(image, path):
+    def interrupted(image, path, **options):
         saved.append(path)
         if path == out / "b-strip.png":
             raise KeyboardInterrupt
-        save_image(image, path)
+        save_image(image, path, **options)
 
     options = ("--operator", "gray", "--batch-size", "1")
     command = _command(folder, tmp_path / "in", out, *options)
@@ -375,7 +385,13 @@ def test_a_folder_that_was_interrupted_is_continued(folder, tmp_path, monkeypatc
     assert main(_command(folder, tmp_path / "in", tmp_path / "whole", *options)) == 0
     both = [{path.name: path.read_bytes() for path in each.iterdir()} for each in (out, tmp_path / "whole")]
     assert both[0] == both[1] and len(both[0]) == 6
-    assert main([*command, "--skip-existing"]) == 0
+    assert main([*command, "--skip-existing", "--strict"]) == 0
+    for other in ("--seed", "1"), ("-n", "2"), ("--operator", "jpeg:5"):
+        error = refused([*command, "--skip-existing", *other], capsys)
+        assert error == (
+            f"scorematch: {out}/a-strip.png was made with other settings. Write to another folder, or replace "
+            "--skip-existing by --overwrite.\n"
+        )
     assert main(command) == 2
 
 

@@ -10,6 +10,7 @@ several commands share. In the texts of a parser, ``%(prog)s`` is the command as
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import io
 import os
@@ -99,7 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     args, unknown = parser.parse_known_args(argv)
     args.argv, args.program = sys.argv[1:] if argv is None else argv, parser.prog
     if unknown:
-        advice = getattr(args, "instead", {}).get(unknown[0].partition("=")[0])
+        option = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(option, args.parser._option_string_actions, 1, 0.8)
+        advice = getattr(args, "instead", {}).get(option) or (f"The nearest option is {near[0]}" if near else "")
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{f'. {advice}' if advice else ''}")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # during the imports; see ``__main__``
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -125,7 +125,8 @@ def add(commands: Commands) -> None:
     add_condition(parser)
     add_guidance(parser)
     add_sampling(parser)
-    parser.set_defaults(run=_run)
+    advice = "Write the real images after what is measured, without --reference"
+    parser.set_defaults(run=_run, instead={**parser.get_default("instead"), "--reference": advice})
 
 
 def _run(args: argparse.Namespace) -> None:

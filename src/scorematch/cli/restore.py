@@ -25,6 +25,7 @@ from scorematch.cli.options.values import amount, expanded, filled, fitting, ima
 from scorematch.core.conditions import takes_image, with_image
 from scorematch.core.messages import about
 from scorematch.core.randomness import seed_of
+from scorematch.core.records import hash_of
 from scorematch.core.schema import Field
 from scorematch.data.arrays import write_arrays
 from scorematch.data.pictures import check_picture, grid, is_deep, list_pictures, open_picture, read_image, save_image
@@ -39,6 +40,10 @@ from scorematch.sampling import ParticleSampler, Sampler
 
 _TOGETHER = 64  # restorations that are in memory at once, unless more of one picture are wanted
 _OTHER_COLORS = ("CMYK", "YCbCr", "LAB", "HSV")
+_WITHOUT_EFFECT = (  # on the results for a picture
+    *("pictures", "folder", "overwrite", "skip_existing", "strict", "quiet", "batch_size", "device", "debug"),
+    *("argv", "program", "parser", "run", "instead", "continues"),
+)
 _SHOWN = 512  # the largest side in pixels of a picture in a strip
 
 
@@ -112,7 +117,7 @@ def add(commands: Commands) -> None:
         "the recommended one of a network that was trained to restore; for any other ode with "
         "--method dpm-solver++ --eta 1",
     )
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, instead={**parser.get_default("instead"), "--mask": "Write --operator mask:FILE"})
 
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
@@ -171,7 +176,7 @@ def _run(args: argparse.Namespace) -> None:
     operator, paths, folder = as_operator(read_operator(args.operator)), list_pictures(args.pictures), args.folder
     _check_folder(args, folder, paths)
     if args.skip_existing:
-        missing = [path for path in paths if not _strip(folder, path).exists()]
+        missing = [path for path in paths if not _is_restored(args, _strip(folder, path))]
         print(f"restored already: {len(paths) - len(missing)} of {count(len(paths), 'picture')}")
         paths = missing
         if not paths:
@@ -285,7 +290,8 @@ class _Picture:
     def observed(self) -> str | None:
         """A line with the share of the image that is observed; None if all of it is."""
         share = float(self._operator.seen(self._y).float().mean())
-        return None if share == 1 else f"{100 * share:.0f} % of the image is observed with {self._args.operator}"
+        digits = ".0f" if 0.01 < share < 0.99 else ".4g"
+        return None if share == 1 else f"{100 * share:{digits}} % of the image is observed with {self._args.operator}"
 
     def luma(self) -> str | None:
         """A line if a picture in color is restored from its luma, otherwise None."""
@@ -362,7 +368,7 @@ def _restore(args: argparse.Namespace, sampler: Sampler, pictures: list[_Picture
         if args.uncertainty:
             _summarize(torch.cat(pasted), folder, picture.path.stem)
         # The last file, by which --skip-existing knows that the picture is restored.
-        save_image(grid(torch.cat(strip), columns=len(strip)), _strip(folder, picture.path))
+        save_image(grid(torch.cat(strip), columns=len(strip)), _strip(folder, picture.path), comment=_settings(args))
         if note or not args.quiet:
             print(f"{_strip(folder, picture.path)}{note}")
 
@@ -410,6 +416,24 @@ def _check_folder(args: argparse.Namespace, folder: Path, pictures: list[Path]) 
 def _strip(folder: Path, picture: Path) -> Path:
     """The strip of a picture."""
     return folder / f"{picture.stem}-strip.png"
+
+
+def _is_restored(args: argparse.Namespace, strip: Path) -> bool:
+    """Whether a strip exists; raises if it was made with other settings."""
+    if not strip.exists():
+        return False
+    with open_picture(strip) as file:
+        other = file.info.get("Comment", _settings(args)) != _settings(args)
+    if other:
+        raise ValueError(
+            f"{strip} was made with other settings. Write to another folder, or replace --skip-existing by --overwrite."
+        )
+    return True
+
+
+def _settings(args: argparse.Namespace) -> str:
+    """A hash of the options on which the results depend."""
+    return hash_of({name: str(value) for name, value in vars(args).items() if name not in _WITHOUT_EFFECT})
 
 
 def _size(shape: Sequence[int]) -> str:

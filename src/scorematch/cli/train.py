@@ -57,6 +57,7 @@ _FOR_PICTURES = ("recipe", "image_size", "channels", "crop", "strict", "cache", 
 _INSTEAD = {  # of options of other programs
     "--epochs": "Write the number of images, --images 500k; an epoch is the number of pictures in the data",
     "--steps": "Write the number of images, --images 500k; a step has --batch-size images",
+    "--learning-rate": "Write --lr 1e-4",
     "--resume": "Repeat the command of the run: it continues",
 }
 
@@ -317,9 +318,11 @@ def _run_stages(args: argparse.Namespace, recipe: Recipe) -> None:
         net = load_network(args.start)
     check_observation(net, observation)
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    print(f"data      {len(observation.y):,} measurements of shape {shape} from {args.data}, noise {args.sigma:g}")
+    print(
+        f"data      {count(len(observation.y), 'measurement')} of shape {shape} from {args.data}, noise {args.sigma:g}"
+    )
     print(f"network   {parameters:,} parameters")
-    print(f"training  {settings.stages} stages of {settings.total:,} images")
+    print(f"training  {count(settings.stages, 'stage')} of {settings.total:,} images")
     print(f"out       {args.out}", flush=True)
     if not args.dry_run:
         train_from_observations(net, observation, args.out, **options, progress=not args.quiet, accelerator=accelerator)
@@ -488,12 +491,12 @@ def _announce(
     if isinstance(data, ArrayData):
         word, name = "sample", ScoreNet.mlp.__name__ if len(data.shape) == 1 else ScoreNet.unet.__name__
         vectors = f", each with a vector of {data.features} values," if data.features else ""
-        print(f"data      {len(data):,} samples of {size}{_SIDES[len(data.shape)]}{vectors} from {args.data}")
+        print(f"data      {count(len(data), 'sample')} of {size}{_SIDES[len(data.shape)]}{vectors} from {args.data}")
         if net.units is not None:
             print(f"          {net.units}")
     else:
         color = ", converted from color," if data.from_color else ""
-        print(f"data      {len(data):,} images of {size}{color} from {args.data}")
+        print(f"data      {count(len(data))} of {size}{color} from {args.data}")
         if data.skipped:
             print(f"          left out: {count(len(data.skipped))} that cannot be read, {few(data.skipped)}")
     if data.classes is not None and args.labels:

@@ -270,6 +270,12 @@ def find_arrays(
     with about(path):
         found = _of_values(opened, key, condition_key, pictures, "x")
     if found is None and isinstance(opened, Mapping) and not isinstance(opened, Archive):  # which may have pictures
+        pictures_of = _names(opened, key, condition_key)
+        if pictures_of is not None:
+            raise ValueError(
+                f"{path} has uint8 images, {pictures_of[0]!r}, which are read from a folder or an .npz file. Write "
+                'np.savez("data.npz", x=array).'
+            )
         names = few((repr(plain(each)) for each in opened), 10)
         raise ValueError(
             f"{path} must have a floating-point array x, or only one of data (N, C, ...), got {names}. Write "

@@ -168,7 +168,7 @@ def check_picture(path: str | os.PathLike[str]) -> None:
         raise PermissionError(f"{folder} cannot be written to: you have no write permission for {existing}.")
 
 
-def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
+def save_image(image: Tensor, path: str | os.PathLike[str], *, comment: str | None = None) -> None:
     """Writes one image, gray or RGB, in the format given by the extension of the file name.
 
     Values are rounded to 8 bits. Missing folders are created. The file is written atomically: after an error the path
@@ -178,6 +178,7 @@ def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
         image: (1, H, W) or (3, H, W), floating point, in [0, 1]; values outside by up to half a gray level, 0.5 / 255,
             are clamped.
         path: the path of the file, such as "digits.png".
+        comment: a text that a PNG file has beside the pixels; other formats leave it out.
 
     Raises:
         ImportError: without Pillow.
@@ -194,7 +195,13 @@ def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
     picture = _pillow("writing").fromarray(to_pixels(image))
     if kind == "QOI":  # which has no gray images
         picture = picture.convert("RGB")
-    _save(picture, path, format=kind)
+    options: dict[str, Any] = {}
+    if comment is not None and kind == "PNG":
+        from PIL.PngImagePlugin import PngInfo
+
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text("Comment", comment)
+    _save(picture, path, format=kind, **options)
 
 
 def list_pictures(path: str | os.PathLike[str]) -> list[Path]:

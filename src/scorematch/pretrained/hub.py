@@ -221,7 +221,7 @@ class Repository:
     def _not_in_the_cache(self) -> FileNotFoundError:
         return FileNotFoundError(
             f"{self.repo_id} is not in the cache, or not completely, and {self._why_offline}. Download it first, with "
-            f"ScoreNet.from_pretrained({self.repo_id!r}) while online."
+            f"ScoreNet.from_pretrained({self.repo_id!r}) while online. There is no folder of this name either."
         )
 
     def _no_network(self, expected: str, names: Sequence[str]) -> FileNotFoundError:

@@ -290,7 +290,7 @@ class Observation:
         """Checks on random values that A is linear, that the adjoint is that of A, and that A A^T is c I."""
         operator, generator = self.operator, torch.Generator().manual_seed(1)
         once = operator.measure(u)
-        size = float(once.norm())
+        size = _norm(once)
         if not math.isfinite(size):
             raise ValueError(f"{operator!r} must return finite values, got NaN or infinite ones for random samples.")
         if float((operator.measure(2 * u + w) - 2 * once - operator.measure(w)).norm()) > 3 * tolerance * size:
@@ -300,7 +300,7 @@ class Observation:
             )
         if operator.gain is not None:
             again = operator.measure(operator.pseudo_inverse(once))
-            image = float(operator.pseudo_inverse(once).norm())
+            image = _norm(operator.pseudo_inverse(once))
             if not max(float((again - once).norm()), abs(operator.gain**0.5 * image - size)) <= tolerance * size:
                 raise ValueError(
                     f"the gain and pseudo_inverse of {operator!r} do not fit measure: with y = A x and A A^T = c I, "
@@ -375,6 +375,11 @@ def _check_noise(sigma: Noise, y: Tensor) -> Noise:
             f"covariance, got {type(sigma).__name__}. Write torch.as_tensor(sigma) for several numbers."
         )
     return check_sigma(sigma)
+
+
+def _norm(x: Tensor) -> float:
+    """The norm from a sum, which is pairwise: ``x.norm()`` is 0.2 % too small for 18 million values in float32."""
+    return float(x.square().sum()) ** 0.5
 
 
 def _check_precision(product: Callable[[Tensor], Tensor], y: Tensor) -> None:
