@@ -21,6 +21,7 @@ from scorematch.restoration import (
     Observation,
     Resize,
 )
+from scorematch.restoration.resize import weights
 from tests.helpers import seed
 
 SHAPE = (2, 8, 12)
@@ -220,3 +221,11 @@ X = torch.zeros(1, 1, 8, 12)
 def test_invalid_arguments_raise(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("cubic", [True, False])
+@pytest.mark.parametrize(("n", "m"), [(301, 64), (64, 301), (7, 7), (5, 3), (3, 5), (1, 4), (4, 1)])
+def test_the_weights_of_any_sizes_are_those_of_torch(n, m, cubic):
+    unit, mode = torch.eye(n, dtype=torch.float64)[None, None], "bicubic" if cubic else "bilinear"
+    theirs = F.interpolate(unit, (m, n), mode=mode, antialias=True)[0, 0]
+    torch.testing.assert_close(weights(n, m, cubic=cubic), theirs, rtol=0, atol=1e-14)

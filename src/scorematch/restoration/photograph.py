@@ -28,20 +28,20 @@ References:
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import matmul
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, max_pool2d, pad
+from torch.nn.functional import max_pool2d, pad
 
 from scorematch.core.arguments import argument, check_count
 from scorematch.data.pictures import CELEBA_SIDE, check_range
-from scorematch.restoration.linear import Linear
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Operator, kind_of
 from scorematch.restoration.operators import Grayscale, Mask, Uncrop
+from scorematch.restoration.resize import products, weights
 
 __all__ = ["Photograph"]
 
@@ -304,19 +304,27 @@ class Photograph:
             sigma = sigma * _spread(self.box.width, self._own[1]) * _spread(self.box.height, self._own[0])
         if self._pixels is not None:
             return self._pixels.part(self.box).resized(self._own).observation(sigma)
-        enlarge = Linear(lambda z: self._enlarged(z))
+        enlarge = self._enlarge()
         if self._y.shape[-2:] != self.shape[1:] or self._y.shape[1] not in (1, self.shape[0]):
             return Observation(self._operator @ enlarge, self._y, sigma)
-        return Observation(Linear(self._reduced) @ self._operator @ enlarge, self._reduced(self._y), sigma)
+        reduce = self._reduce()
+        return Observation(reduce @ self._operator @ enlarge, reduce.measure(self._y), sigma)
 
-    def _reduced(self, x: Tensor) -> Tensor:
-        """R x."""
-        return resized(self.box.of(x), self._own)
+    def _reduce(self) -> Operator:
+        """R."""
+        parts = ((weights(n, m, cubic=False), start, end) for start, n, end, m in self._axes())
+        return _Products(*(pad(matrix, (start, end)) for matrix, start, end in parts))
 
-    def _enlarged(self, z: Tensor) -> Tensor:
-        """U z, with zeros outside of the box."""
-        size = (self.box.height, self.box.width)
-        return self.box.back(resized(z, size, "bicubic"), self.shape[1:])
+    def _enlarge(self) -> Operator:
+        """U, with zeros outside of the box."""
+        parts = ((weights(m, n), start, end) for start, n, end, m in self._axes())
+        return _Products(*(pad(matrix, (0, 0, start, end)) for matrix, start, end in parts))
+
+    def _axes(self) -> Iterator[tuple[int, int, int, int]]:
+        """For each axis the pixels before the box, in it and after it, and those of the network's images."""
+        (height, width), box = self.shape[1:], self.box
+        yield box.top, box.height, height - box.top - box.height, self._own[0]
+        yield box.left, box.width, width - box.left - box.width, self._own[1]
 
     def restored(self, images: Tensor) -> Tensor:
         """The restored pictures.
@@ -329,7 +337,7 @@ class Photograph:
         """
         images = images.to(self._y)
         if self.resized:
-            full = self._enlarged(images)
+            full = self._enlarge().measure(images)
         elif images.shape[-2:] == self.shape[1:]:
             return images
         else:
@@ -338,6 +346,21 @@ class Photograph:
             return self._pixels.pasted(full, self.box, self._feather)
         lacking = self._y - self._operator.measure(full)
         return (full + self._operator.as_image(lacking)).clamp(0, 1)
+
+
+class _Products(Operator):
+    """The product with a matrix along the rows of images, and with another one along their columns."""
+
+    linear = True
+
+    def __init__(self, *matrices: Tensor) -> None:
+        self._matrices = matrices
+
+    def measure(self, x: Tensor) -> Tensor:
+        return products(x, self._matrices)
+
+    def adjoint(self, y: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        return products(y, [matrix.T for matrix in self._matrices])
 
 
 class _Pixels(NamedTuple):
@@ -440,17 +463,14 @@ def _pixels(operator: Operator, y: Tensor) -> _Pixels | None:
     return _Pixels(y, known.expand_as(y) > 0, luma)
 
 
-def resized(x: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
-    """Images (N, C, H, W) of another size, (height, width)."""
-    if tuple(x.shape[-2:]) == tuple(size):
-        return x
-    return interpolate(x, tuple(size), mode=mode, antialias=True)
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """R x, images (N, C, H, W) of another size, (height, width)."""
+    return products(x, [weights(n, m, cubic=False) for n, m in zip(x.shape[-2:], size, strict=True)])
 
 
 def _spread(n: int, m: int) -> float:
     """The standard deviation of independent noise of 1 on n pixels that are resized to m."""
-    rows = interpolate(torch.eye(n, device="cpu")[:, None, None], (1, m), mode="bilinear", antialias=True)
-    return float(rows.square().sum(0).mean().sqrt())
+    return float(weights(n, m, cubic=False).square().sum(1).mean().sqrt())
 
 
 def _widened(start: int, length: int, side: int, whole: int) -> tuple[int, int]:

@@ -1,8 +1,12 @@
 r"""Reduction of images as photographs are made smaller: bicubic interpolation with antialiasing.
 
-Along each axis the measurement is the product with a matrix, y = W x, which holds the weights of
-``torch.nn.functional.interpolate(mode="bicubic", antialias=True)``: a cubic kernel (a = -1/2) as wide as four pixels of
-the small image. Pillow uses the same weights.
+Along each axis the measurement is the product with a matrix, y = W x. Its rows are a kernel k at the distances of the
+pixels from that of y, in the larger of the two pixel sizes, divided by their sum. k is the cubic kernel
+
+.. math:: k(t) = 1 - \tfrac{5}{2} t^2 + \tfrac{3}{2} |t|^3 \;(|t| < 1), \qquad
+    2 - 4 |t| + \tfrac{5}{2} t^2 - \tfrac{1}{2} |t|^3 \;(1 \le |t| < 2).
+
+These are the weights of ``torch.nn.functional.interpolate(mode="bicubic", antialias=True)`` and of Pillow.
 
 References:
     Keys, 1981, Cubic Convolution Interpolation for Digital Image Processing.
@@ -54,11 +58,11 @@ class Resize(Operator):
             raise ValueError(
                 f"{self!r} needs samples whose sizes are multiples of {self.scale}, got shape {tuple(x.shape[1:])}."
             )
-        return self._products(x, [weights(size, size // self.scale) for size in sizes])
+        return products(x, [weights(size, size // self.scale) for size in sizes])
 
     def adjoint(self, y: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """The product with the transposed matrix along each axis."""
-        return self._products(y, [weights(size * self.scale, size).T for size in _sizes(y)])
+        return products(y, [weights(size * self.scale, size).T for size in _sizes(y)])
 
     def sample_shape(self, y: Tensor) -> tuple[int, ...]:
         """The shape of y with larger sizes."""
@@ -67,22 +71,24 @@ class Resize(Operator):
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """The images enlarged with bicubic interpolation."""
-        return self._products(y, [weights(size, size * self.scale) for size in _sizes(y)])
+        return products(y, [weights(size, size * self.scale) for size in _sizes(y)])
 
     def decomposition(self, x: Tensor) -> Decomposition:
         """The product of those of the matrices along the axes."""
         u, values, vt = zip(*(_svd(size, size // self.scale) for size in _sizes(x)), strict=True)
         return Decomposition(
             functools.reduce(lambda a, b: a[..., None] * b, values).to(x),
-            lambda x: self._products(x, vt),
-            lambda c: self._products(c, [each.T for each in vt]),
-            lambda y: self._products(y, [each.T for each in u]),
+            lambda x: products(x, vt),
+            lambda c: products(c, [each.T for each in vt]),
+            lambda y: products(y, [each.T for each in u]),
         )
 
-    def _products(self, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-        for axis, matrix in enumerate(matrices, x.ndim - len(matrices)):
-            x = torch.movedim(torch.movedim(x, axis, -1) @ matrix.T.to(x), -1, axis)
-        return x
+
+def products(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """The products of x with a matrix along each of its last axes."""
+    for axis, matrix in enumerate(matrices, x.ndim - len(matrices)):
+        x = torch.movedim(torch.movedim(x, axis, -1) @ matrix.T.to(x), -1, axis)
+    return x
 
 
 def _sizes(x: Tensor) -> Sequence[int]:
@@ -97,8 +103,11 @@ def _svd(n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=16)
-def weights(n: int, m: int) -> Tensor:
-    """The matrix (m, n) in float64 that resizes n values to m."""
+def weights(n: int, m: int, *, cubic: bool = True) -> Tensor:
+    """The matrix (m, n) in float64 that resizes n values to m, with the cubic kernel or with a linear one, 1 - |t|."""
     with torch.inference_mode(False):
-        unit = torch.eye(n, dtype=torch.float64, device="cpu")[None, None]
-        return torch.nn.functional.interpolate(unit, (m, n), mode="bicubic", antialias=True)[0, 0]
+        places, centers = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5 for size in (n, m))
+        t = ((places - centers[:, None] * (n / m)) / max(n / m, 1.0)).abs()
+        near, far = 1 - 2.5 * t**2 + 1.5 * t**3, 2 - 4 * t + 2.5 * t**2 - 0.5 * t**3
+        kernel = torch.where(t < 1, near, torch.where(t < 2, far, 0)) if cubic else (1 - t).clamp(min=0)
+        return kernel / kernel.sum(1, keepdim=True)
