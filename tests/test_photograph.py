@@ -125,7 +125,15 @@ def test_a_restoration_gets_what_its_measurement_lacks(operator, size):
     )
     error = [float((operator.measure(each) - y).square().mean()) for each in (photo.restored(small), enlarged)]
     assert error[0] < 0.7 * error[1]
-    measured, given = photo.observation.operator.measure(small), photo.observation.y
+    of_small = photo.observation.operator
+    measured, given = of_small.measure(small), photo.observation.y
+    if operator.is_linear:
+        whole = operator.measure(enlarged)
+        same = whole.shape == enlarged.shape
+        small_again = torch.nn.functional.interpolate(photo.box.of(whole), (16, 16), mode="bilinear", antialias=True)
+        torch.testing.assert_close(measured, small_again if same else whole, rtol=0, atol=1e-5)
+        svd = of_small.decomposition(small)
+        torch.testing.assert_close(svd.measured(measured), svd.values * svd.coefficients(small), rtol=0, atol=1e-5)
     assert (measured - given).square().mean().sqrt() < 0.04  # the small image fits the observation that is made of y
     assert _restored(photo).shape == (2, 3, height, width)
 

@@ -174,6 +174,7 @@ class GaussianBlur(Blur):
         ValueError: if ``deviation`` is not positive.
     """
 
+    separable = True
     form, help = "blur:DEVIATION", "they are blurred by a Gaussian kernel with this standard deviation in pixels"
     examples = ("blur:2", "blur:1", "blur:4")
 

@@ -30,6 +30,7 @@ class Operator(ABC):
 
     Attributes:
         linear: whether ``measure`` is linear, A x without a constant term. An operator with a gain is linear.
+        separable: whether ``measure`` is the product of its measurements of signals along each axis after the channels.
         gain: the c of A A^T = c I on the observed values, for a linear operator that has one; None otherwise.
         mask: which values of y are observed, bool and broadcastable to y; None if all are.
         value_range: the range of the images that the operator is for, such as (0, 1); None if it is for any.
@@ -40,6 +41,7 @@ class Operator(ABC):
     """
 
     linear: bool = False
+    separable: bool = False
     gain: float | None = None
     mask: Tensor | None = None
     value_range: tuple[float, float] | None = None

@@ -361,6 +361,7 @@ class AveragePool(Operator):
         ValueError: if ``size`` is below 1.
     """
 
+    separable = True
     form, help = "pool:SIZE", "each block of SIZE x SIZE pixels was averaged to one"
     examples = ("pool:4", "pool:2", "pool:7", "pool:8", "pool:16")
     _axes = 4  # of a batch

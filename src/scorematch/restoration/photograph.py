@@ -38,10 +38,11 @@ from torch.nn.functional import max_pool2d, pad
 
 from scorematch.core.arguments import argument, check_count
 from scorematch.data.pictures import CELEBA_SIDE, check_range
+from scorematch.restoration.decomposition import Decomposition
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Operator, kind_of
 from scorematch.restoration.operators import Grayscale, Mask, Uncrop
-from scorematch.restoration.resize import products, weights
+from scorematch.restoration.resize import decomposed, products, weights
 
 __all__ = ["Photograph"]
 
@@ -304,18 +305,22 @@ class Photograph:
             sigma = sigma * _spread(self.box.width, self._own[1]) * _spread(self.box.height, self._own[0])
         if self._pixels is not None:
             return self._pixels.part(self.box).resized(self._own).observation(sigma)
-        enlarge = self._enlarge()
-        if self._y.shape[-2:] != self.shape[1:] or self._y.shape[1] not in (1, self.shape[0]):
-            return Observation(self._operator @ enlarge, self._y, sigma)
+        operator, y, enlarge = self._operator, self._y, self._enlarge()
+        if all(part.separable for part in operator.parts()):  # A U is a product of small matrices
+            whole: Operator = _Products(*(operator.measure(u.T[:, None])[:, 0].T for u in enlarge.matrices))
+        else:
+            whole = operator @ enlarge
+        if y.shape[-2:] != self.shape[1:] or y.shape[1] not in (1, self.shape[0]):
+            return Observation(whole, y, sigma)
         reduce = self._reduce()
-        return Observation(reduce @ self._operator @ enlarge, reduce.measure(self._y), sigma)
+        return Observation(reduce @ whole, reduce.measure(y), sigma)
 
-    def _reduce(self) -> Operator:
+    def _reduce(self) -> _Products:
         """R."""
         parts = ((weights(n, m, cubic=False), start, end) for start, n, end, m in self._axes())
         return _Products(*(pad(matrix, (start, end)) for matrix, start, end in parts))
 
-    def _enlarge(self) -> Operator:
+    def _enlarge(self) -> _Products:
         """U, with zeros outside of the box."""
         parts = ((weights(m, n), start, end) for start, n, end, m in self._axes())
         return _Products(*(pad(matrix, (0, 0, start, end)) for matrix, start, end in parts))
@@ -354,13 +359,24 @@ class _Products(Operator):
     linear = True
 
     def __init__(self, *matrices: Tensor) -> None:
-        self._matrices = matrices
+        self.matrices = matrices
+
+    def __repr__(self) -> str:
+        return f"resizing from {' x '.join(str(len(each.T)) for each in self.matrices)} pixels"
+
+    def __matmul__(self, inner: Operator) -> Operator:
+        if not isinstance(inner, _Products):
+            return super().__matmul__(inner)
+        return _Products(*(a @ b for a, b in zip(self.matrices, inner.matrices, strict=True)))
 
     def measure(self, x: Tensor) -> Tensor:
-        return products(x, self._matrices)
+        return products(x, self.matrices)
 
     def adjoint(self, y: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        return products(y, [matrix.T for matrix in self._matrices])
+        return products(y, [matrix.T for matrix in self.matrices])
+
+    def decomposition(self, x: Tensor) -> Decomposition:
+        return decomposed(x, [torch.linalg.svd(matrix, full_matrices=False) for matrix in self.matrices])
 
 
 class _Pixels(NamedTuple):

@@ -44,7 +44,7 @@ class Resize(Operator):
         torch.Size([1, 3, 8, 16])
     """
 
-    linear = True
+    linear = separable = True
     form, help = "resize:SCALE", "they were made SCALE times smaller, with antialiased bicubic interpolation"
     examples = ("resize:4", "resize:2", "resize:7", "resize:8")
 
@@ -75,13 +75,7 @@ class Resize(Operator):
 
     def decomposition(self, x: Tensor) -> Decomposition:
         """The product of those of the matrices along the axes."""
-        u, values, vt = zip(*(_svd(size, size // self.scale) for size in _sizes(x)), strict=True)
-        return Decomposition(
-            functools.reduce(lambda a, b: a[..., None] * b, values).to(x),
-            lambda x: products(x, vt),
-            lambda c: products(c, [each.T for each in vt]),
-            lambda y: products(y, [each.T for each in u]),
-        )
+        return decomposed(x, [_svd(size, size // self.scale) for size in _sizes(x)])
 
 
 def products(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
@@ -89,6 +83,18 @@ def products(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     for axis, matrix in enumerate(matrices, x.ndim - len(matrices)):
         x = torch.movedim(torch.movedim(x, axis, -1) @ matrix.T.to(x), -1, axis)
     return x
+
+
+def decomposed(x: Tensor, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Decomposition:
+    """The decomposition of ``products`` of samples like x from those of the matrices, (U, S, V^T)."""
+    u, values, vt = zip(*parts, strict=True)
+    s = functools.reduce(lambda a, b: a[..., None] * b, values)
+    return Decomposition(
+        torch.where(s > s.max() * torch.finfo(x.dtype).eps, s, 0).to(x),
+        lambda x: products(x, vt),
+        lambda c: products(c, [each.T for each in vt]),
+        lambda y: products(y, [each.T for each in u]),
+    )
 
 
 def _sizes(x: Tensor) -> Sequence[int]:
