@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from scorematch.core.arguments import argument, check_count, check_integer
 from scorematch.core.charts import table
@@ -51,7 +52,7 @@ from scorematch.evaluation.arrays import (
     some_values_of,
     values_of,
 )
-from scorematch.evaluation.estimate import IMAGES, Figures, as_dicts
+from scorematch.evaluation.estimate import IMAGES, Estimate, Figures, as_dicts
 from scorematch.evaluation.evaluator import Evaluator, OneOrMore, image_figures
 from scorematch.evaluation.metrics import METRICS
 from scorematch.evaluation.per_image import choose
@@ -377,22 +378,25 @@ def _evaluate_arrays(
     left_out = evaluator.check(subject.n, subject.shape)
     with process_group(subject.device):
         samples = gathered_values(shown(subject.batches(), subject.n, "samples", progress))
-    sizes = {SAMPLES: len(samples)}
-    found = {SAMPLES: evaluator.measure(samples)}
     settings: dict[str, Any] = {"samples": subject.settings, **evaluator.settings(), "seed": seed}
+    columns: dict[str, Callable[[], tuple[int, dict[str, Estimate]]]] = {
+        SAMPLES: lambda: (len(samples), evaluator.measure(samples))
+    }
     if held_out is not None:
         others = some_values_of(open_arrays(held_out), len(samples), seed)
-        sizes[HELD_OUT], found[HELD_OUT] = len(others), evaluator.measure(others)
         settings["held_out"] = {"n": len(others), "content": hash_of_bytes(others.numpy().data)}
-    sizes[FLOOR], found[FLOOR] = evaluator.floor(len(samples), seed)
+        columns[HELD_OUT] = lambda: (len(others), evaluator.measure(others))
+    columns[FLOOR] = lambda: evaluator.floor(len(samples), seed)
     if gaussian:
-        sizes[GAUSSIAN], found[GAUSSIAN] = len(samples), evaluator.gaussian(len(samples), seed)
+        columns[GAUSSIAN] = lambda: (len(samples), evaluator.gaussian(len(samples), seed))
+    hidden = not progress or this_process().rank > 0
+    found = {column: of() for column, of in tqdm(columns.items(), "metrics", leave=False, unit="set", disable=hidden)}
     result = Evaluation(
         name=subject.name if name is None else name,
         settings=as_stored(settings),
         versions=versions(subject.device),
-        sizes=sizes,
-        figures={column: {VALUES: figures} for column, figures in found.items()},
+        sizes={column: size for column, (size, _) in found.items()},
+        figures={column: {VALUES: figures} for column, (_, figures) in found.items()},
         left_out=left_out,
         sampler=subject.sampler,
     )

@@ -92,9 +92,9 @@ class Mask(Operator):
     gain = 1.0
     form = "mask:FILE"
     help = (
-        "parts are missing: FILE is a picture of the same shape that is white where the image is observed and black "
-        "elsewhere, or for arrays a file .npy of bool; with mask:FILE,invert, as in diffusers, it is white where the "
-        "image is missing"
+        "parts are missing: FILE is a picture of the same aspect ratio that is white where the image is observed and "
+        "black elsewhere, or for arrays a file .npy of bool; with mask:FILE,invert, as in diffusers, it is white where "
+        "the image is missing"
     )
     examples = ("mask:observed.png", "mask:missing.png,invert")
     _axes = 4  # of a batch
