@@ -149,6 +149,24 @@ def test_feathering_blends_a_ring_around_the_hole_and_nothing_else():
     torch.testing.assert_close(found[0][:, ring], 0.25 * x[0][:, ring] + 0.75 * 0.25, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("operator", "options"),
+    [
+        (Mask(_hole(40, 64, left=0.05)), {"feather": 3}),  # the box begins at the hole
+        (GaussianBlur(2.0), {"crop": "center"}),
+        (JPEG(30), {"crop": (5, 3, 30, 30)}),
+    ],
+)
+def test_what_lies_beside_the_part_that_is_resized_is_not_black(operator, options):
+    x = torch.full((1, 3, 40, 64), 0.5)
+    photo = Photograph(operator, operator.measure(x), OWN, tile=False, **options)
+    assert photo.box.left > 0 and photo.box.width < 64
+    small = torch.full((1, *OWN), 0.5)
+    torch.testing.assert_close(photo.restored(small), x, rtol=0, atol=3e-3)
+    measured, y = photo.observation.operator.measure(small), photo.observation.y
+    torch.testing.assert_close(photo.observation.observed(measured - y), torch.zeros_like(y), rtol=0, atol=3e-3)
+
+
 # -- The part that is restored
 
 

@@ -88,11 +88,15 @@ class Box(NamedTuple):
         right, bottom = self.left + self.width - width, self.top + self.height - height
         return pad(x, (-self.left, right, -self.top, bottom))
 
-    def back(self, x: Tensor, size: Sequence[int]) -> Tensor:
+    def back(self, x: Tensor, size: Sequence[int], mode: str = "constant") -> Tensor:
         """The picture of a size, (height, width), whose part this is, with zeros outside of the box."""
         height, width = size
         right, bottom = width - self.left - self.width, height - self.top - self.height
-        return pad(x, (self.left, right, self.top, bottom))
+        return pad(x, (self.left, right, self.top, bottom), mode)
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Where pictures (N, C, H, W) have this part, bool (1, 1, H, W)."""
+        return self.back(x.new_ones(1, 1, self.height, self.width), x.shape[-2:]) > 0
 
 
 class Photograph:
@@ -314,9 +318,9 @@ class Photograph:
         return resized(self.box.of(x), self._own)
 
     def _enlarged(self, z: Tensor) -> Tensor:
-        """U z, with zeros outside of the box."""
+        """U z, and outside of the box its nearest value, so that what lies near the box is not black."""
         size = (self.box.height, self.box.width)
-        return self.box.back(resized(z, size, "bicubic"), self.shape[1:])
+        return self.box.back(resized(z, size, "bicubic"), self.shape[1:], "replicate")
 
     def restored(self, images: Tensor) -> Tensor:
         """The restored pictures.
@@ -336,8 +340,8 @@ class Photograph:
             full = self.box.back(images, self.shape[1:])
         if self._pixels is not None:
             return self._pixels.pasted(full, self.box, self._feather)
-        lacking = self._y - self._operator.measure(full)
-        return (full + self._operator.as_image(lacking)).clamp(0, 1)
+        lacking = self._operator.as_image(self._y - self._operator.measure(full))
+        return torch.where(self.box.inside(full), full + lacking, self._operator.as_image(self._y)).clamp(0, 1)
 
 
 class _Pixels(NamedTuple):
@@ -392,10 +396,9 @@ class _Pixels(NamedTuple):
             mixed = torch.where(self.known, self.values, full.clamp(0, 1))
             share = _feathered(~self.known, feather)
             return mixed if share is None else torch.lerp(mixed, full.clamp(0, 1), share)
-        inside = box.back(full.new_ones(1, 1, box.height, box.width), full.shape[-2:]) > 0
         own = Grayscale().measure(full)
         luma = torch.where(self.known, self.values, own.clamp(0, 1))
-        color = torch.where(inside, full - own, 0)
+        color = torch.where(box.inside(full), full - own, 0)
         room = torch.where(color > 0, 1 - luma, luma) / color.abs().clamp(min=1e-6)
         return (luma + color * room.amin(1, keepdim=True).clamp(max=1)).clamp(0, 1)
 
