@@ -367,6 +367,18 @@ def test_restore_takes_files_of_every_kind_and_says_what_it_leaves_out(folder, t
         assert torch.equal(given[:, known], found[:, known])
 
 
+def test_pictures_of_other_sizes_are_restored_as_alone(folder, tmp_path):
+    """The noise at the size of the network depends on the size of the picture."""
+    (tmp_path / "in").mkdir()
+    for name, side in (("a", 20), ("b", 80)):
+        save_image(_picture(side, side)[0], tmp_path / "in" / f"{name}.png")
+    for pictures in ("in", "in/b.png"):
+        command = _command(folder, tmp_path / pictures, tmp_path / f"{pictures[:2]}{pictures[3:4]}-out")
+        assert main([*command, "--operator", "gray", "--sigma", "0.2"]) == 0
+    together, alone = (read_image(tmp_path / out / "b-1.png", 3) for out in ("in-out", "inb-out"))
+    torch.testing.assert_close(together, alone, rtol=0, atol=1.01 / 255)
+
+
 def test_a_folder_that_was_interrupted_is_continued(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "in").mkdir()
     for name in "abc":
