@@ -215,6 +215,8 @@ def test_noise_is_smaller_at_the_size_of_the_network():
     seen = photo.observation.operator.mask.expand(1, *OWN)
     spread = float((photo.observation.y - 0.5)[seen].std())  # its relative standard error is 3 %
     assert photo.observation.sigma == pytest.approx(spread, rel=0.1) and photo.observation.sigma < 0.01
+    photo = Photograph(AveragePool(16), y[..., :10, :10], OWN, sigma=0.1)  # which is taken as it is
+    assert photo.resized and photo.observation.y.shape == (1, 3, 10, 10) and photo.observation.sigma == 0.1
 
 
 @pytest.mark.parametrize(

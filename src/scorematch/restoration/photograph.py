@@ -304,13 +304,14 @@ class Photograph:
 
     def _small(self, sigma: float) -> Observation:
         """The observation of an image of the network."""
+        enlarge = Linear(lambda z: self._enlarged(z))
+        whole = self._y.shape[-2:] != self.shape[1:] or self._y.shape[1] not in (1, self.shape[0])
+        if self._pixels is None and whole:
+            return Observation(self._operator @ enlarge, self._y, sigma)
         if sigma:
             sigma = sigma * _spread(self.box.width, self._own[1]) * _spread(self.box.height, self._own[0])
         if self._pixels is not None:
             return self._pixels.part(self.box).resized(self._own).observation(sigma)
-        enlarge = Linear(lambda z: self._enlarged(z))
-        if self._y.shape[-2:] != self.shape[1:] or self._y.shape[1] not in (1, self.shape[0]):
-            return Observation(self._operator @ enlarge, self._y, sigma)
         return Observation(Linear(self._reduced) @ self._operator @ enlarge, self._reduced(self._y), sigma)
 
     def _reduced(self, x: Tensor) -> Tensor:
