@@ -25,6 +25,7 @@ from scorematch.restoration import (
     Resize,
     Uncrop,
 )
+from scorematch.restoration.palette import condition_of
 from tests.helpers import refused, run, seed
 
 OWN = (3, 16, 16)  # the shape of the network's images
@@ -128,6 +129,17 @@ def test_a_restoration_gets_what_its_measurement_lacks(operator, size):
     measured, given = photo.observation.operator.measure(small), photo.observation.y
     assert (measured - given).square().mean().sqrt() < 0.04  # the small image fits the observation that is made of y
     assert _restored(photo).shape == (2, 3, height, width)
+
+
+@pytest.mark.parametrize("operator", [AveragePool(4), Resize(4), GaussianBlur(1.0)])
+def test_a_network_that_restores_gets_an_image_of_its_size(operator):
+    x = torch.nn.functional.interpolate(_picture(4, 4), (24, 40), mode="bicubic", antialias=True)
+    photo = Photograph(operator, operator.measure(x), OWN)
+    assert photo.resized and photo.box == (0, -8, 40, 40)
+    condition = condition_of(photo.observation.operator, photo.observation.y, seed())
+    small = torch.nn.functional.interpolate(photo.box.of(x), (16, 16), mode="bilinear", antialias=True)
+    assert condition.shape == (1, *OWN)
+    assert (condition - small)[..., 5:-5, :].square().mean().sqrt() < 0.1
 
 
 def test_what_is_not_known_comes_from_the_restoration():

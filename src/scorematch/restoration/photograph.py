@@ -28,7 +28,7 @@ References:
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import matmul
 from typing import Literal, NamedTuple
 
@@ -304,15 +304,15 @@ class Photograph:
 
     def _small(self, sigma: float) -> Observation:
         """The observation of an image of the network."""
-        enlarge = Linear(lambda z: self._enlarged(z))
         whole = self._y.shape[-2:] != self.shape[1:] or self._y.shape[1] not in (1, self.shape[0])
         if self._pixels is None and whole:
-            return Observation(self._operator @ enlarge, self._y, sigma)
+            return Observation(self._operator @ _Enlargement(self._enlarged, self._reduced), self._y, sigma)
         if sigma:
             sigma = sigma * _spread(self.box.width, self._own[1]) * _spread(self.box.height, self._own[0])
         if self._pixels is not None:
             return self._pixels.part(self.box).resized(self._own).observation(sigma)
-        return Observation(Linear(self._reduced) @ self._operator @ enlarge, self._reduced(self._y), sigma)
+        operator = Linear(self._reduced) @ self._operator @ Linear(self._enlarged)
+        return Observation(operator, self._reduced(self._y), sigma)
 
     def _reduced(self, x: Tensor) -> Tensor:
         """R x."""
@@ -343,6 +343,18 @@ class Photograph:
             return self._pixels.pasted(full, self.box, self._feather)
         lacking = self._operator.as_image(self._y - self._operator.measure(full))
         return torch.where(self.box.inside(full), full + lacking, self._operator.as_image(self._y)).clamp(0, 1)
+
+
+class _Enlargement(Linear):
+    """U, with R for an image to look at."""
+
+    def __init__(self, enlarge: Callable[[Tensor], Tensor], reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(enlarge)
+        self.reduce = reduce
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """R y."""
+        return self.reduce(y)
 
 
 class _Pixels(NamedTuple):
