@@ -90,6 +90,11 @@ def test_values_of_netcdf_that_stand_for_gaps_are_nan(tmp_path):
     assert (~read_measurements(tmp_path / "x.nc", None, 0.1, None).mask).nonzero().tolist() == [[7, 1, 4]]
     with pytest.raises(ValueError, match=r"array x, or only one of data .* got 'group', 'y', 'z'. Write open_arrays"):
         open_arrays(tmp_path / "x.nc")
+    with h5py.File(tmp_path / "pair.nc", "w") as file:
+        file["x"], file["condition"] = np.ones((3, 2)), [[1.0], [1e20], [2.0]]
+        file["condition"].attrs["_FillValue"] = 1e20
+    with pytest.raises(ValueError, match=r"the condition of x must be finite, but 1 of 3 .* first at \[1, 0\]"):
+        open_arrays(tmp_path / "pair.nc")
 
 
 def test_images_of_8_bits_in_hdf5_are_refused_with_a_way(tmp_path):

@@ -89,6 +89,7 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
         (("x.npz", "--condition", "DAMAGED.npy"), "DAMAGED.npy cannot be read as an .npy file"),
         (("x.npz", "--condition", "OTHER.h5"), "OTHER.h5 must have the array condition, but has no condition"),
         (("x.npz", "--condition", "0.3,nan"), r"--condition must be finite, .* the first at \[0, 1\]"),
+        (("x.npz", "--condition", "GAPS.nc"), r"--condition must be finite, .* the first at \[1, 0\]"),
         (("x.npz", "--condition", "a"), "--condition must be numbers, such as 0.3,0.7, or a file .* got 'a'"),
         (("x.npz", "--class", "1"), "--class is for class-conditional networks"),
         (("x.npz", "--guidance", "2"), "--guidance needs a condition. Add --condition with 2 values"),
@@ -103,6 +104,9 @@ def test_bad_options_of_sample_are_refused(run, tmp_path, capsys, monkeypatch, a
     np.save("DAMAGED.npy", np.array([{}]), allow_pickle=True)
     with h5py.File("OTHER.h5", "w") as file:
         file["a"] = file["b"] = np.zeros((2, 2))
+    with h5py.File("GAPS.nc", "w") as file:
+        file["condition"] = [[0.3, 0.7], [1e20, 0.7]]
+        file["condition"].attrs["_FillValue"] = 1e20
     name, *options = arguments
     command = ["sample", str(run), str(tmp_path / name), *options, *QUIET]
     assert re.search(message, refused(command, capsys, unprinted="network calls"))

@@ -546,6 +546,21 @@ def test_a_guided_score_has_the_variance_of_the_network_for_the_class(guidance, 
 # -- Bad input
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.export
+@torch.no_grad()
+def test_a_guided_network_can_be_exported_for_batches_of_any_length():
+    torch.manual_seed(0)
+    net = ScoreNet.mlp(2, width=8, depth=1, classes=2, null_class=True).eval()
+    for parameter in net.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    score, batch = classifier_free(net, 2.0), torch.export.Dim("batch", min=1, max=64)
+    given = _points(4).float(), torch.full((4,), 0.3), LABELS[:4]
+    exported = torch.export.export(score, given, dynamic_shapes=tuple({0: batch} for _ in given), strict=False).module()
+    given = _points(6).float(), torch.full((6,), 0.3), LABELS
+    torch.testing.assert_close(exported(*given), score(*given))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

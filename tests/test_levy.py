@@ -176,6 +176,8 @@ def test_exact_draws_are_accepted_and_overconfident_ones_rejected(change, accept
     ("make", "message"),
     [
         (lambda: Student(2.0), "degrees must be above 2, so that the variance is finite, got 2.0"),
+        (lambda: Student(3.0, -1.0), "scale must be positive and finite, got -1.0"),
+        (lambda: Laplace(0.0), "scale must be positive and finite, got 0.0"),
         (lambda: LevyProcess(Laplace(), 4, (2, 3)), r"sample_shape must have 4 values, like the signals, got \(2, 3\)"),
         (lambda: LevyProcess(Laplace(), 0), "size must be an integer of at least 1, got 0"),
         (lambda: LevyProcess(Laplace(), 2).log_density(torch.zeros(1, 2), 0.1), "the density of signals with noise"),

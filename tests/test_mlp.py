@@ -9,6 +9,7 @@ from scorematch import AnnealedLangevinSampler, ScoreNet, dsm_loss
 from scorematch.evaluation.exact import Gaussian
 from scorematch.guidance import classifier_free
 from scorematch.likelihood import log_likelihood
+from scorematch.nets.blocks import begin_null
 from scorematch.restoration import Matrix, Observation
 from scorematch.sampling import ODESampler
 from scorematch.training.levels import LogNormal, weighting_for
@@ -133,6 +134,27 @@ def test_classes_of_vectors():
     net = network(classes=3, null_class=True)
     x = random(3, 2)
     assert not torch.allclose(net(x, 0.3, 0), net(x, 0.3, 1)) and torch.equal(net(x, 0.3), net(x, 0.3, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.export
+@pytest.mark.parametrize("encoder", [None, torch.nn.Linear(3, 3)])
+@pytest.mark.parametrize("make", [network, small_unet])
+@torch.no_grad()
+def test_exported_networks_of_vectors_take_batches_of_any_length(make, encoder):
+    net = make(condition_features=3, condition_encoder=encoder)
+    begin_null(net.backbone)
+    shape = net.sample_shape
+
+    def arguments(n):
+        return random(n, *shape), torch.full((n,), 0.3), random(n, 3, number=1)
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    for count in (2, 3):  # without a condition, and with one
+        shapes = tuple({0: batch} for _ in range(count))
+        exported = torch.export.export(net, arguments(4)[:count], dynamic_shapes=shapes, strict=False).module()
+        given = arguments(7)[:count]
+        torch.testing.assert_close(exported(*given), net(*given))
 
 
 def test_a_new_network_is_the_score_of_a_normal_distribution():

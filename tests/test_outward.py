@@ -93,6 +93,7 @@ def test_a_pipeline_of_diffusers_has_the_weights_and_the_levels_of_the_network(t
             "UNet2DModel has no null_class, patch, and a network for it must be trained without them",
         ),
         (lambda: _net(size=(8, 16), precondition="karras"), "its images are not square"),
+        (lambda: _net(size=(8, 15)), "the sides of its images are no multiples of 2"),
         (lambda: ScoreNet.ncsnv2(3, 8, width=2), "its preconditioning is 'ncsnv2'"),
         (lambda: _net(patch=2), "UNet2DModel has no patch, and"),
         (lambda: ScoreNet.ncsnpp(3, 8, widths=(8,), precondition="ddpm"), "UNet2DModel does not have its architecture"),

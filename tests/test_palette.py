@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.restoration import JPEG, AveragePool, Grayscale, Hole, Mask, Observation, Uncrop
+from scorematch.restoration import JPEG, AveragePool, Grayscale, Half, Hole, Mask, Observation, Uncrop
 from scorematch.restoration.palette import (
     TASKS,
     Colorization,
@@ -177,6 +177,13 @@ def test_an_image_that_is_too_small_for_a_hole_gives_an_error(size):
     """No number of its pixels is 10 to 40 % of them, and boxes would be drawn again without end."""
     with pytest.raises(ValueError, match=f"a random hole needs an image of at least 3 pixels, got {size[0]}x{size[1]}"):
         Hole().drawn(torch.zeros(1, 1, *size), [0])
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1, 9), (2, 1, 8, 8, 8)])
+def test_random_masks_are_for_images(shape):
+    for operator in (Hole(), Half()):
+        with pytest.raises(ValueError, match=r"(Hole|Half)\(\) is for images \(N, C, H, W\), got shape \(2, "):
+            operator.drawn(torch.zeros(shape), [0, 1])
 
 
 def test_a_hole_in_the_smallest_images():

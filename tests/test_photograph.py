@@ -25,6 +25,7 @@ from scorematch.restoration import (
     Resize,
     Uncrop,
 )
+from scorematch.restoration.palette import condition_of
 from tests.helpers import refused, run, seed
 
 OWN = (3, 16, 16)  # the shape of the network's images
@@ -138,6 +139,17 @@ def test_a_restoration_gets_what_its_measurement_lacks(operator, size):
     assert _restored(photo).shape == (2, 3, height, width)
 
 
+@pytest.mark.parametrize("operator", [AveragePool(4), Resize(4), GaussianBlur(1.0)])
+def test_a_network_that_restores_gets_an_image_of_its_size(operator):
+    x = torch.nn.functional.interpolate(_picture(4, 4), (24, 40), mode="bicubic", antialias=True)
+    photo = Photograph(operator, operator.measure(x), OWN)
+    assert photo.resized and photo.box == (0, -8, 40, 40)
+    condition = condition_of(photo.observation.operator, photo.observation.y, seed())
+    small = torch.nn.functional.interpolate(photo.box.of(x), (16, 16), mode="bilinear", antialias=True)
+    assert condition.shape == (1, *OWN)
+    assert (condition - small)[..., 5:-5, :].square().mean().sqrt() < 0.1
+
+
 def test_what_is_not_known_comes_from_the_restoration():
     """A constant restoration fills the hole with its color, also where the hole has pixels outside of one pixel."""
     x, known = _picture(80, 64), _hole(80, 64)
@@ -155,6 +167,24 @@ def test_feathering_blends_a_ring_around_the_hole_and_nothing_else():
     assert torch.equal(found[0][:, far], x[0][:, far])
     ring = near & known
     torch.testing.assert_close(found[0][:, ring], 0.25 * x[0][:, ring] + 0.75 * 0.25, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("operator", "options"),
+    [
+        (Mask(_hole(40, 64, left=0.05)), {"feather": 3}),  # the box begins at the hole
+        (GaussianBlur(2.0), {"crop": "center"}),
+        (JPEG(30), {"crop": (5, 3, 30, 30)}),
+    ],
+)
+def test_what_lies_beside_the_part_that_is_resized_is_not_black(operator, options):
+    x = torch.full((1, 3, 40, 64), 0.5)
+    photo = Photograph(operator, operator.measure(x), OWN, tile=False, **options)
+    assert photo.box.left > 0 and photo.box.width < 64
+    small = torch.full((1, *OWN), 0.5)
+    torch.testing.assert_close(photo.restored(small), x, rtol=0, atol=3e-3)
+    measured, y = photo.observation.operator.measure(small), photo.observation.y
+    torch.testing.assert_close(photo.observation.observed(measured - y), torch.zeros_like(y), rtol=0, atol=3e-3)
 
 
 # -- The part that is restored
@@ -205,6 +235,8 @@ def test_noise_is_smaller_at_the_size_of_the_network():
     seen = photo.observation.operator.mask.expand(1, *OWN)
     spread = float((photo.observation.y - 0.5)[seen].std())  # its relative standard error is 3 %
     assert photo.observation.sigma == pytest.approx(spread, rel=0.1) and photo.observation.sigma < 0.01
+    photo = Photograph(AveragePool(16), y[..., :10, :10], OWN, sigma=0.1)  # which is taken as it is
+    assert photo.resized and photo.observation.y.shape == (1, 3, 10, 10) and photo.observation.sigma == 0.1
 
 
 @pytest.mark.parametrize(
@@ -365,6 +397,18 @@ def test_a_small_hole_is_not_said_to_be_nothing(folder, tmp_path, capsys):
     operator = f"mask:{tmp_path}/mask.png"
     assert main(_command(folder, tmp_path / "x.png", tmp_path / "out", "--operator", operator, "--resize")) == 0
     assert f"99.94 % of the image is observed with {operator}\n" in capsys.readouterr().out
+
+
+def test_pictures_of_other_sizes_are_restored_as_alone(folder, tmp_path):
+    """The noise at the size of the network depends on the size of the picture."""
+    (tmp_path / "in").mkdir()
+    for name, side in (("a", 20), ("b", 80)):
+        save_image(_picture(side, side)[0], tmp_path / "in" / f"{name}.png")
+    for pictures in ("in", "in/b.png"):
+        command = _command(folder, tmp_path / pictures, tmp_path / f"{pictures[:2]}{pictures[3:4]}-out")
+        assert main([*command, "--operator", "gray", "--sigma", "0.2"]) == 0
+    together, alone = (read_image(tmp_path / out / "b-1.png", 3) for out in ("in-out", "inb-out"))
+    torch.testing.assert_close(together, alone, rtol=0, atol=1.01 / 255)
 
 
 def test_a_folder_that_was_interrupted_is_continued(folder, tmp_path, monkeypatch, capsys):

@@ -279,13 +279,13 @@ class _Picture:
     def key(self) -> tuple[bool, object]:
         """Whether the picture needs tiles, and a value that is equal for pictures that can be restored in one batch."""
         observation = self.photo.observation
-        operator, shape = observation.operator, observation.y.shape
+        operator, common = observation.operator, (observation.y.shape, observation.sigma)
         if operator is self._given:
-            return self.photo.tile, shape
+            return self.photo.tile, common
         if operator.mask is None and operator.text() is None:
             return self.photo.tile, self.path
         mask = b"" if operator.mask is None else np.asarray(operator.mask).tobytes()
-        return self.photo.tile, (shape, repr(operator), mask)
+        return self.photo.tile, (common, repr(operator), mask)
 
     def observed(self) -> str | None:
         """A line with the share of the image that is observed; None if all of it is."""

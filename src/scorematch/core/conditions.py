@@ -257,7 +257,7 @@ def _null(takes: Condition, x: Tensor) -> Tensor:
     """The condition that stands for none: the null class (N,), vectors of NaN (N, K), or (N, 0) for an encoder."""
     if takes.vector:
         values = 0 if takes.encoder else takes.vector
-        return torch.full((len(x), values), torch.nan, dtype=x.dtype, device=x.device)
+        return torch.full((x.shape[0], values), torch.nan, dtype=x.dtype, device=x.device)
     return torch.full(x.shape[:1], takes.classes or 0, dtype=torch.int64, device=x.device)
 
 

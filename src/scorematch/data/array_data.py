@@ -291,7 +291,7 @@ def _of_values(data: Any, key: str | None, condition_key: str | None, pictures: 
         if found is None:
             return None
         name, of_parts = found
-        given = {part: data[each][...] for part, each in of_parts.items()}
+        given = {part: with_gaps(data[each]) for part, each in of_parts.items()}
         condition = given if len(given) > 1 else next(iter(given.values()), None)
         axes = data["axes"][...] if "axes" in list(data) else None
         data = data[name]
@@ -349,6 +349,12 @@ def gaps_of(x: Any) -> list[np.float32]:
 def with_nan(x: np.ndarray, gaps: Sequence[np.float32]) -> np.ndarray:
     """An array of float32 with NaN in place of the values of ``gaps_of``."""
     return np.where(np.isin(x, gaps), np.float32(np.nan), x) if gaps else x
+
+
+def with_gaps(values: Any) -> Any:
+    """The values of an array; those of floating point as float32, with NaN for missing ones."""
+    gaps, values = gaps_of(values), values[...]
+    return with_nan(values.astype(np.float32), gaps) if gaps and values.dtype.kind == "f" else values
 
 
 def _is_array(data: Any) -> bool:

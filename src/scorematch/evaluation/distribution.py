@@ -85,18 +85,20 @@ class Distribution(ABC):
         """
         return [{key: value for key, value in vars(self).items() if key[0] != "_"}]
 
-    def log_density(self, x: Tensor, sigma: float = 0.0) -> Tensor:
+    def log_density(self, x: Tensor, sigma: float | Tensor = 0.0) -> Tensor:
         """The log-density (N,) of the distribution with noise of level sigma, in nats, at x (N, ...).
+
+        The level is a float, () or (N,), positive, or the number 0 for no noise.
 
         Raises:
             TypeError: if x is not a floating-point tensor.
-            ValueError: if x has another shape, sigma is negative, or it is too low for a density: a distribution that
-                does not vary in some direction, such as a data set, has none without noise.
+            ValueError: if x or sigma has another shape, sigma is negative, or it is too low for a density: a
+                distribution that does not vary in some direction, such as a data set, has none without noise.
         """
-        if not sigma >= 0:  # also true for NaN
-            raise ValueError(f"sigma must be at least 0, got {sigma!r}.")
-        variance = torch.full((1, 1), sigma**2, dtype=torch.float64, device=self.mean.device)
-        return self._log_density(self._flat(x), variance).to(x)
+        flat = self._flat(x)
+        noisy = isinstance(sigma, Tensor) or sigma != 0
+        level = as_sigma(sigma, flat) if noisy else flat.new_zeros(())
+        return self._log_density(flat, level.view(-1, 1).square()).to(x)
 
     def _flat(self, x: Tensor) -> Tensor:
         check_data(x)
@@ -115,4 +117,4 @@ class Distribution(ABC):
 
     @abstractmethod
     def _log_density(self, x: Tensor, variance: Tensor) -> Tensor:
-        """The log-density (N,) of x (N, D) with noise of the variance (1, 1)."""
+        """The log-density (N,) of x (N, D) with noise of the variance (N, 1) or (1, 1)."""

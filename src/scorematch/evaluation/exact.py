@@ -373,7 +373,8 @@ def _components(x: Tensor, variance: Tensor, blocks: Iterable[tuple[Tensor, Tens
 
 def _log_normal(x: Tensor, variance: Tensor) -> Tensor:
     """The log-density (N,) of independent normal values (N, D) with mean 0."""
-    if not variance.min() > variance.shape[1] * torch.finfo(variance.dtype).eps * variance.max():
+    least, most = variance.aminmax(dim=1)
+    if not (least > variance.shape[1] * torch.finfo(variance.dtype).eps * most).all():
         raise ValueError(
             "the distribution has no density, since the covariance of its components is singular. Pass a higher sigma, "
             "the noise level."

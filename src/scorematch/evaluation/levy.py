@@ -60,6 +60,12 @@ _APART = 2  # sweeps from one of these draws to the next
 class Increments(ABC):
     """A symmetric distribution of increments, a scale mixture of Gaussians."""
 
+    scale: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale must be positive and finite, got {self.scale!r}.")
+
     @property
     @abstractmethod
     def variance(self) -> float:
@@ -115,6 +121,7 @@ class Student(Increments):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.degrees > 2:
             raise ValueError(f"degrees must be above 2, so that the variance is finite, got {self.degrees!r}.")
 

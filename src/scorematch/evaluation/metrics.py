@@ -155,7 +155,8 @@ def inception_score(logits: Tensor, *, splits: int = _SPLITS, generator: torch.G
         generator: the source of the random order; an int is a seed, None is torch's global generator.
 
     Returns:
-        The mean and the standard deviation over the splits. The score of a split is between 1 and K.
+        The mean and the standard deviation over the splits, None for one split. The score of a split is between 1 and
+        K.
 
     Warns:
         UserWarning: if a split has fewer than K images, which limits the score.
@@ -183,7 +184,7 @@ def inception_score(logits: Tensor, *, splits: int = _SPLITS, generator: torch.G
         marginal = logs.logsumexp(0) - math.log(len(logs))
         scores.append((logs.exp() * (logs - marginal)).sum(1).mean().exp())
     values = torch.stack(scores)
-    return Estimate(float(values.mean()), float(values.std(correction=0)))
+    return Estimate(float(values.mean()), float(values.std(correction=0)) if splits > 1 else None)
 
 
 def class_shares(logits: Tensor, *, confident: float = 0.9) -> tuple[Estimate, Estimate]:

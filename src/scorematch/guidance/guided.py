@@ -304,7 +304,7 @@ class _ClassifierFree(GuidedScore):
         if isinstance(sigma, Tensor) and sigma.ndim == 1:
             sigma = torch.cat([sigma, sigma])
         outputs = call(self.net, torch.cat([x, x]), sigma, joined([given, null]), variance=variance)
-        conditional, unconditional = outputs[0].chunk(2)
+        conditional, unconditional = outputs[0].unflatten(0, (2, -1))
         score = self._guided(unconditional, conditional, weight, x, level)
         return score, *(share[: len(x)] for share in outputs[1:])
 

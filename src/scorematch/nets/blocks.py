@@ -382,11 +382,11 @@ class VectorEmbedding(nn.Module):
 
     def forward(self, vector: Tensor) -> Tensor:  # noqa: D102
         if vector.shape[1] == 0:
-            return self.null.expand(len(vector), -1)
+            return self.null.expand(vector.shape[0], -1)
         missing = vector.flatten(1).isnan().any(1, keepdim=True)
         if self.encoder is not None:
             vector = self.encoder(torch.where(missing.view(-1, *[1] * (vector.ndim - 1)), 0, vector))
-            if vector.shape != (len(missing), len(self.mean)):
+            if vector.shape != (missing.shape[0], len(self.mean)):
                 raise ValueError(
                     f"condition_encoder must return features {(len(missing), len(self.mean))}, of condition_features "
                     f"values, got shape {tuple(vector.shape)}."

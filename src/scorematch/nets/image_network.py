@@ -196,7 +196,7 @@ class ImageNetwork(nn.Module):
                 f"{tuple(image.shape)}."
             )
         vectors, classes = others.get("features"), others.get("class")
-        if self.vector and not self.encoder and (vectors is None or vectors.shape != (len(x), self.vector)):
+        if self.vector and not self.encoder and (vectors is None or vectors.shape != (x.shape[0], self.vector)):
             given = "none" if vectors is None else f"shape {tuple(vectors.shape)}"
             raise ValueError(f"the condition must be a vector for each image, {(len(x), self.vector)}, got {given}.")
         if (classes is None) != (self.classes is None):

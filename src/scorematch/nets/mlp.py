@@ -101,7 +101,7 @@ class MLP(nn.Module):
         if isinstance(condition, Tensor):
             parts = {"features" if self.vector else "class": condition}
         vectors, classes = parts.get("features"), parts.get("class")
-        if self.vector and not self.encoder and (vectors is None or vectors.shape != (len(x), self.vector)):
+        if self.vector and not self.encoder and (vectors is None or vectors.shape != (x.shape[0], self.vector)):
             given = "none" if vectors is None else f"shape {tuple(vectors.shape)}"
             raise ValueError(f"the condition must be a vector for each sample, {(len(x), self.vector)}, got {given}.")
         embedding = self.time_embedding(self.time_proj(c_noise).to(x.dtype))

@@ -390,6 +390,9 @@ def obstacle(config: Mapping[str, Any]) -> str | None:
         return "it has no sample_shape or no value_range"
     if row == KARRAS and config["sample_shape"][-1] != config["sample_shape"][-2]:
         return "its images are not square"
+    stride = 2 ** (len(config["block_out_channels"]) - 1)
+    if any(side % stride for side in config["sample_shape"][1:]):
+        return f"the sides of its images are no multiples of {stride}"
     return None
 
 

@@ -208,6 +208,8 @@ class RandomMask(Operator):
 
     def drawn(self, x: Tensor, seeds: Sequence[int]) -> Mask:
         """The masks of images x, each drawn from its seed on the CPU."""
+        if x.ndim != 4:
+            raise ValueError(f"{self!r} is for images (N, C, H, W), got shape {tuple(x.shape)}.")
         each = (Draws(single_generator(number), x.device) for number in seeds)
         return Mask(~torch.cat([self.missing(1, x.shape[2], x.shape[3], draws) for draws in each]))
 

@@ -28,7 +28,7 @@ References:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import matmul
 from typing import Literal, NamedTuple
 
@@ -89,11 +89,15 @@ class Box(NamedTuple):
         right, bottom = self.left + self.width - width, self.top + self.height - height
         return pad(x, (-self.left, right, -self.top, bottom))
 
-    def back(self, x: Tensor, size: Sequence[int]) -> Tensor:
+    def back(self, x: Tensor, size: Sequence[int], mode: str = "constant") -> Tensor:
         """The picture of a size, (height, width), whose part this is, with zeros outside of the box."""
         height, width = size
         right, bottom = width - self.left - self.width, height - self.top - self.height
-        return pad(x, (self.left, right, self.top, bottom))
+        return pad(x, (self.left, right, self.top, bottom), mode)
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Where pictures (N, C, H, W) have this part, bool (1, 1, H, W)."""
+        return self.back(x.new_ones(1, 1, self.height, self.width), x.shape[-2:]) > 0
 
 
 class Photograph:
@@ -301,19 +305,19 @@ class Photograph:
 
     def _small(self, sigma: float) -> Observation:
         """The observation of an image of the network."""
-        if sigma:
+        operator, y = self._operator, self._y
+        kept = self._pixels is None and (y.shape[-2:] != self.shape[1:] or y.shape[1] not in (1, self.shape[0]))
+        if sigma and not kept:
             sigma = sigma * _spread(self.box.width, self._own[1]) * _spread(self.box.height, self._own[0])
         if self._pixels is not None:
             return self._pixels.part(self.box).resized(self._own).observation(sigma)
-        operator, y, enlarge = self._operator, self._y, self._enlarge()
+        reduce, enlarge = self._reduce(), self._enlarge()
         if all(part.separable for part in operator.parts()):  # A U is a product of small matrices
-            whole: Operator = _Products(*(operator.measure(u.T[:, None])[:, 0].T for u in enlarge.matrices))
+            matrices = [operator.measure(u.T[:, None])[:, 0].T for u in enlarge.matrices]
+            small: Operator = _Products(*matrices, look=lambda y: reduce.measure(operator.pseudo_inverse(y)))
         else:
-            whole = operator @ enlarge
-        if y.shape[-2:] != self.shape[1:] or y.shape[1] not in (1, self.shape[0]):
-            return Observation(whole, y, sigma)
-        reduce = self._reduce()
-        return Observation(reduce @ whole, reduce.measure(y), sigma)
+            small = operator @ (_Products(*enlarge.matrices, look=reduce.measure) if kept else enlarge)
+        return Observation(small, y, sigma) if kept else Observation(reduce @ small, reduce.measure(y), sigma)
 
     def _reduce(self) -> _Products:
         """R."""
@@ -321,9 +325,9 @@ class Photograph:
         return _Products(*(pad(matrix, (start, end)) for matrix, start, end in parts))
 
     def _enlarge(self) -> _Products:
-        """U, with zeros outside of the box."""
-        parts = ((weights(m, n), start, end) for start, n, end, m in self._axes())
-        return _Products(*(pad(matrix, (0, 0, start, end)) for matrix, start, end in parts))
+        """U z, and outside of the box its nearest value, so that what lies near the box is not black."""
+        parts = ((weights(m, n), torch.arange(-start, n + end, device="cpu")) for start, n, end, m in self._axes())
+        return _Products(*(matrix[places.clamp(0, len(matrix) - 1)] for matrix, places in parts))
 
     def _axes(self) -> Iterator[tuple[int, int, int, int]]:
         """For each axis the pixels before the box, in it and after it, and those of the network's images."""
@@ -349,17 +353,22 @@ class Photograph:
             full = self.box.back(images, self.shape[1:])
         if self._pixels is not None:
             return self._pixels.pasted(full, self.box, self._feather)
-        lacking = self._y - self._operator.measure(full)
-        return (full + self._operator.as_image(lacking)).clamp(0, 1)
+        lacking = self._operator.as_image(self._y - self._operator.measure(full))
+        return torch.where(self.box.inside(full), full + lacking, self._operator.as_image(self._y)).clamp(0, 1)
 
 
 class _Products(Operator):
-    """The product with a matrix along the rows of images, and with another one along their columns."""
+    """The product with a matrix along the rows of images, and with another one along their columns.
+
+    Attributes:
+        matrices: both.
+        look: the measurement as an image to look at.
+    """
 
     linear = True
 
-    def __init__(self, *matrices: Tensor) -> None:
-        self.matrices = matrices
+    def __init__(self, *matrices: Tensor, look: Callable[[Tensor], Tensor] = lambda y: y) -> None:
+        self.matrices, self.look = matrices, look
 
     def __repr__(self) -> str:
         return f"resizing from {' x '.join(str(len(each.T)) for each in self.matrices)} pixels"
@@ -374,6 +383,9 @@ class _Products(Operator):
 
     def adjoint(self, y: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         return products(y, [matrix.T for matrix in self.matrices])
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        return self.look(y)
 
     def decomposition(self, x: Tensor) -> Decomposition:
         return decomposed(x, [torch.linalg.svd(matrix, full_matrices=False) for matrix in self.matrices])
@@ -431,10 +443,9 @@ class _Pixels(NamedTuple):
             mixed = torch.where(self.known, self.values, full.clamp(0, 1))
             share = _feathered(~self.known, feather)
             return mixed if share is None else torch.lerp(mixed, full.clamp(0, 1), share)
-        inside = box.back(full.new_ones(1, 1, box.height, box.width), full.shape[-2:]) > 0
         own = Grayscale().measure(full)
         luma = torch.where(self.known, self.values, own.clamp(0, 1))
-        color = torch.where(inside, full - own, 0)
+        color = torch.where(box.inside(full), full - own, 0)
         room = torch.where(color > 0, 1 - luma, luma) / color.abs().clamp(min=1e-6)
         return (luma + color * room.amin(1, keepdim=True).clamp(max=1)).clamp(0, 1)
 

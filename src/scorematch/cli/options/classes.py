@@ -17,7 +17,7 @@ from scorematch.cli.options.values import amount, filled
 from scorematch.core.conditions import Parts
 from scorematch.core.messages import about, quote
 from scorematch.core.scores import attribute
-from scorematch.data.array_data import FILES, check_finite
+from scorematch.data.array_data import FILES, check_finite, with_gaps
 from scorematch.guidance import GuidedScore, classifier_free
 from scorematch.sampling.bulk import Classes, Rule
 from scorematch.score import ScoreNet
@@ -165,7 +165,7 @@ def _of_file(path: Path, wanted: Sequence[str]) -> Parts:
         both = "the vectors as condition and the array image" if len(names) > 1 else "the array condition"
         raise ValueError(f"{path} must have {both}, but has no {' and no '.join(missing)}.")
     with about(path):
-        return {part: torch.from_numpy(np.array(arrays[name], np.float32)) for part, name in names.items()}
+        return {part: torch.from_numpy(np.array(with_gaps(arrays[name]), np.float32)) for part, name in names.items()}
 
 
 def find_classes(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Classes:
