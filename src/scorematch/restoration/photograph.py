@@ -15,9 +15,9 @@ anything else      D y with the operator D A U.   :math:`U z + B\,(y - A U z)`: 
                    x, otherwise nothing
 =================  =============================  ======================================================================
 
-So a restored picture has the details of y, and below the resolution of the network the details of the network. A
-network cannot add details that are finer than its own pixels. In tiles (``scorematch.guidance.Tiled``) it draws at the
-resolution of the picture instead, without R and U.
+Beside the box the restored picture is y, or B y. So it has the details of y, and below the resolution of the network
+the details of the network. A network cannot add details that are finer than its own pixels. In tiles
+(``scorematch.guidance.Tiled``) it draws at the resolution of the picture instead, without R and U.
 
 R is bilinear interpolation with antialiasing, as for training data, and U is bicubic.
 
