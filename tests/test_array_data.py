@@ -97,6 +97,17 @@ def test_values_of_netcdf_that_stand_for_gaps_are_nan(tmp_path):
         open_arrays(tmp_path / "pair.nc")
 
 
+@pytest.mark.parametrize("kind", ["S3", None], ids=["fixed", "variable"])
+def test_classes_that_are_strings_in_hdf5(kind, tmp_path):  # which h5py reads as bytes
+    import h5py
+
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"] = np.zeros((3, 2))
+        file.create_dataset("label", data=["cat", "ape", "cat"], dtype=kind)
+    data = open_arrays(tmp_path / "x.h5")
+    assert data.classes == ("ape", "cat") and data.read([0, 1])[1].tolist() == [1, 0]
+
+
 def test_images_of_8_bits_in_hdf5_are_refused_with_a_way(tmp_path):
     import h5py
 
