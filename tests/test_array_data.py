@@ -97,6 +97,17 @@ def test_values_of_netcdf_that_stand_for_gaps_are_nan(tmp_path):
         open_arrays(tmp_path / "pair.nc")
 
 
+@pytest.mark.parametrize("kind", ["S3", None], ids=["fixed", "variable"])
+def test_classes_that_are_strings_in_hdf5(kind, tmp_path):  # which h5py reads as bytes
+    import h5py
+
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"] = np.zeros((3, 2))
+        file.create_dataset("label", data=["cat", "ape", "cat"], dtype=kind)
+    data = open_arrays(tmp_path / "x.h5")
+    assert data.classes == ("ape", "cat") and data.read([0, 1])[1].tolist() == [1, 0]
+
+
 def test_images_of_8_bits_in_hdf5_are_refused_with_a_way(tmp_path):
     import h5py
 
@@ -246,6 +257,13 @@ class Uneven:
         return X[i, :, : 11 if i == 3 else 12]
 
 
+class Named(Uneven):
+    """A Dataset with the names of classes."""
+
+    def __getitem__(self, i):
+        return X[i], "even"
+
+
 @pytest.mark.parametrize(
     ("options", "data", "settings", "message"),
     [
@@ -258,6 +276,7 @@ class Uneven:
         ({}, X.double() + 1e12, {}, "channel 0 of data is constant. Leave it out, or if it varies, but not in float32"),
         ({}, X.double() + 1e8, {}, r"mean of channel 0 of data must be at most 100000 standard.*Write x - x.mean\(\)"),
         ({}, Uneven(), {}, r"x of all items of the Uneven must have one shape, got \(2, 11\) and \(2, 12\)"),
+        ({}, Named(), {}, "the condition of an item of the Named must be numbers, got 'even'. Number the classes from"),
         ({}, (X, CONDITION), {}, "a vector of 3 values .* which the network does not take. Build it with condition_fe"),
         ({"condition_features": 3}, X, {}, r"takes a vector of 3 values .*, got none. Pass a pair \(x, condition\)"),
         ({"condition_features": 2}, (X, CONDITION), {}, r"takes a vector of 2 .*, got torch.float32 of shape \(3,\)"),

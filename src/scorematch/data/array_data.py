@@ -173,6 +173,10 @@ class _ItemData(ArrayData):
 
     def _stacked(self, part: str, values: Sequence[Any]) -> Tensor:
         arrays = list(map(to_array, values))
+        if arrays[0].dtype.kind not in "biuf":
+            raise TypeError(
+                f"{part} of an item of {self.name} must be numbers, got {values[0]!r}. Number the classes from 0."
+            )
         shapes = sorted({array.shape for array in arrays})
         if len(shapes) > 1:
             raise ValueError(

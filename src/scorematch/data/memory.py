@@ -145,7 +145,10 @@ def class_numbers(labels: Any, n: int, name: str) -> tuple[np.ndarray, tuple[str
             else ""
         )
         raise ValueError(f"the labels of {name} must be one per image, ({n},), got shape {array.shape}.{hint}")
-    if array.dtype.kind in "US":
+    if array.dtype.kind in "SO" and all(isinstance(each, str | bytes) for each in array):  # as h5py reads strings
+        texts = [each.decode(errors="backslashreplace") if isinstance(each, bytes) else each for each in array]
+        array = np.array(texts, str)
+    if array.dtype.kind == "U":
         names, numbers = np.unique(array, return_inverse=True)
         return numbers.astype(np.int64), tuple(map(str, names))
     if array.dtype.kind not in "iub":
