@@ -437,7 +437,9 @@ def test_a_folder_that_was_interrupted_is_continued(folder, tmp_path, monkeypatc
     assert main(_command(folder, tmp_path / "in", tmp_path / "whole", *options)) == 0
     both = [{path.name: path.read_bytes() for path in each.iterdir()} for each in (out, tmp_path / "whole")]
     assert both[0] == both[1] and len(both[0]) == 6
+    (out / "b-strip.png").write_bytes(both[0]["b-strip.png"][:5])  # which cannot be read, and is made again
     assert main([*command, "--skip-existing", "--strict"]) == 0
+    assert (out / "b-strip.png").read_bytes() == both[0]["b-strip.png"]
     for other in ("--seed", "1"), ("-n", "2"), ("--operator", "jpeg:5"):
         error = refused([*command, "--skip-existing", *other], capsys)
         assert error == (

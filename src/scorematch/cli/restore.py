@@ -419,12 +419,13 @@ def _strip(folder: Path, picture: Path) -> Path:
 
 
 def _is_restored(args: argparse.Namespace, strip: Path) -> bool:
-    """Whether a strip exists; raises if it was made with other settings."""
-    if not strip.exists():
+    """Whether there is a strip that can be read; raises if it was made with other settings."""
+    try:
+        with open_picture(strip) as file:
+            same = file.info.get("Comment", _settings(args)) == _settings(args)
+    except OSError:  # no such file, or not a picture
         return False
-    with open_picture(strip) as file:
-        other = file.info.get("Comment", _settings(args)) != _settings(args)
-    if other:
+    if not same:
         raise ValueError(
             f"{strip} was made with other settings. Write to another folder, or replace --skip-existing by --overwrite."
         )

@@ -89,11 +89,11 @@ class Box(NamedTuple):
         right, bottom = self.left + self.width - width, self.top + self.height - height
         return pad(x, (-self.left, right, -self.top, bottom))
 
-    def back(self, x: Tensor, size: Sequence[int], mode: str = "constant") -> Tensor:
+    def back(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """The picture of a size, (height, width), whose part this is, with zeros outside of the box."""
         height, width = size
         right, bottom = width - self.left - self.width, height - self.top - self.height
-        return pad(x, (self.left, right, self.top, bottom), mode)
+        return pad(x, (self.left, right, self.top, bottom))
 
     def inside(self, x: Tensor) -> Tensor:
         """Where pictures (N, C, H, W) have this part, bool (1, 1, H, W)."""
@@ -361,8 +361,8 @@ class _Products(Operator):
     """The product with a matrix along the rows of images, and with another one along their columns.
 
     Attributes:
-        matrices: both.
-        look: the measurement as an image to look at.
+        matrices: both, (m, n) each.
+        look: the function ``pseudo_inverse``, which makes an image to look at of a measurement.
     """
 
     linear = True
@@ -387,8 +387,11 @@ class _Products(Operator):
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         return self.look(y)
 
+    def to(self, device: torch.device | str) -> _Products:
+        return _Products(*(matrix.to(torch.float32).to(device) for matrix in self.matrices), look=self.look)
+
     def decomposition(self, x: Tensor) -> Decomposition:
-        return decomposed(x, [torch.linalg.svd(matrix, full_matrices=False) for matrix in self.matrices])
+        return decomposed(x, [torch.linalg.svd(matrix.cpu().double(), full_matrices=False) for matrix in self.matrices])
 
 
 class _Pixels(NamedTuple):

@@ -87,7 +87,8 @@ def products(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
 
 def decomposed(x: Tensor, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Decomposition:
     """The decomposition of ``products`` of samples like x from those of the matrices, (U, S, V^T)."""
-    u, values, vt = zip(*parts, strict=True)
+    left, values, right = zip(*parts, strict=True)
+    u, vt = ([matrix.to(x) for matrix in matrices] for matrices in (left, right))  # once, not in every call
     s = functools.reduce(lambda a, b: a[..., None] * b, values)
     return Decomposition(
         torch.where(s > s.max() * torch.finfo(x.dtype).eps, s, 0).to(x),
