@@ -18,9 +18,10 @@ __all__ = ["Linear", "Matrix"]
 
 
 def in_own_dtype(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The values of a function at x, in x's dtype; one that has tensors of the other precision is computed in it.
+    """The values of a function at x, in x's dtype.
 
-    Samplers compute in float32, and exact posteriors in float64.
+    Samplers compute in float32, and exact posteriors in float64. If the function fails since its own tensors have the
+    other one of the two dtypes, it is computed in that one.
     """
     try:
         return function(x)

@@ -163,8 +163,8 @@ class Observation:
         """The observation of u for samples x = ratios u, where the ratios are positive and broadcast to x.
 
         If A(ratios u) = t A(u) with a number t for each value of y, it is that of y / t with the same operator.
-        Otherwise the operator is u -> A(ratios u) / t, with the ratio t of the changes of A near samples with this
-        mean and standard deviation of u.
+        Otherwise the operator is u -> A(ratios u) / t, where t is by how much more A changes with x than with u, near
+        samples u with the mean ``middle`` and the standard deviation ``deviation``.
         """
         if not isinstance(ratios, Tensor):
             return self

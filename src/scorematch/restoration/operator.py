@@ -30,7 +30,7 @@ class Operator(ABC):
 
     Attributes:
         linear: whether ``measure`` is linear, A x without a constant term. An operator with a gain is linear.
-        separable: whether ``measure`` is the product of its measurements of signals along each axis after the channels.
+        separable: whether ``measure`` acts on each axis after the channels in turn, as on signals (N, C, L).
         gain: the c of A A^T = c I on the observed values, for a linear operator that has one; None otherwise.
         mask: which values of y are observed, bool and broadcastable to y; None if all are.
         value_range: the range of the images that the operator is for, such as (0, 1); None if it is for any.
@@ -178,7 +178,7 @@ class Operator(ABC):
         return self
 
     def for_samples(self, x: Tensor) -> Operator:
-        """The operator for batches like x: ``with_axes``, in a composition with the axes of what each part measures."""
+        """The operator for batches with the shape of x, (N, ...); a composition calls this for each of its parts."""
         return self.with_axes(x.ndim)
 
     def rows(self, rows: slice | Tensor) -> Operator:

@@ -15,8 +15,8 @@ anything else      D y with the operator D A U.   :math:`U z + B\,(y - A U z)`: 
                    x, otherwise nothing
 =================  =============================  ======================================================================
 
-Beside the box the restored picture is y, or B y. So it has the details of y, and below the resolution of the network
-the details of the network. A network cannot add details that are finer than its own pixels. In tiles
+Beside the box the restored picture is y, or B y. A restored picture has the details of y, and below the resolution of
+the network the details of the network. A network cannot add details that are finer than its own pixels. In tiles
 (``scorematch.guidance.Tiled``) it draws at the resolution of the picture instead, without R and U.
 
 R is bilinear interpolation with antialiasing, as for training data, and U is bicubic.
