@@ -449,6 +449,18 @@ def test_a_folder_that_was_interrupted_is_continued(folder, tmp_path, monkeypatc
     assert main(command) == 2
 
 
+def test_continuing_with_a_changed_mask_is_refused(folder, tmp_path, capsys):
+    save_image(_picture(16, 16)[0], tmp_path / "x.png")
+    operator = ("--operator", f"gray @ mask:{tmp_path}/mask.png")
+    command = [*_command(folder, tmp_path / "x.png", tmp_path / "out", *operator), "--skip-existing"]
+    for expected in "restored already: 0 of 1 picture\n", "restored already: 1 of 1 picture\n":
+        save_image(_hole(16, 16)[None].float(), tmp_path / "mask.png")
+        assert main(command) == 0
+        assert expected in capsys.readouterr().out
+    save_image(1 - _hole(16, 16)[None].float(), tmp_path / "mask.png")
+    assert "x-strip.png was made with other settings" in refused(command, capsys)
+
+
 @pytest.mark.parametrize("options", [("--resize",), ("--tile",), ("--tile", "20"), ("--crop", "4,0,20,20")])
 def test_the_options_of_sizes(folder, tmp_path, options, capsys):
     save_image(_picture(20, 30)[0], tmp_path / "x.png")

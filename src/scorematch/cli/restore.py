@@ -25,13 +25,13 @@ from scorematch.cli.options.values import amount, expanded, filled, fitting, ima
 from scorematch.core.conditions import takes_image, with_image
 from scorematch.core.messages import about
 from scorematch.core.randomness import seed_of
-from scorematch.core.records import hash_of
+from scorematch.core.records import hash_of, hash_of_bytes
 from scorematch.core.schema import Field
 from scorematch.data.arrays import write_arrays
 from scorematch.data.pictures import check_picture, grid, is_deep, list_pictures, open_picture, read_image, save_image
 from scorematch.guidance import Tiled
 from scorematch.nets.family import check_size
-from scorematch.restoration import Observation, Operator, Photograph, as_operator, summary
+from scorematch.restoration import Mask, Observation, Operator, Photograph, as_operator, summary
 from scorematch.restoration.methods import Restore
 from scorematch.restoration.moments import image_of
 from scorematch.restoration.palette import condition_of
@@ -42,7 +42,7 @@ _TOGETHER = 64  # restorations that are in memory at once, unless more of one pi
 _OTHER_COLORS = ("CMYK", "YCbCr", "LAB", "HSV")
 _WITHOUT_EFFECT = (  # on the results for a picture
     *("pictures", "folder", "overwrite", "skip_existing", "strict", "quiet", "batch_size", "device", "debug"),
-    *("argv", "program", "parser", "run", "instead", "continues"),
+    *("argv", "program", "parser", "run", "instead", "continues", "settings"),
 )
 _SHOWN = 512  # the largest side in pixels of a picture in a strip
 
@@ -175,6 +175,7 @@ def _run(args: argparse.Namespace) -> None:
     refuse(args, ["condition"], "is for arrays")
     operator, paths, folder = as_operator(read_operator(args.operator)), list_pictures(args.pictures), args.folder
     _check_folder(args, folder, paths)
+    args.settings = _settings(args, operator)
     if args.skip_existing:
         missing = [path for path in paths if not _is_restored(args, _strip(folder, path))]
         print(f"restored already: {len(paths) - len(missing)} of {count(len(paths), 'picture')}")
@@ -368,7 +369,7 @@ def _restore(args: argparse.Namespace, sampler: Sampler, pictures: list[_Picture
         if args.uncertainty:
             _summarize(torch.cat(pasted), folder, picture.path.stem)
         # The last file, by which --skip-existing knows that the picture is restored.
-        save_image(grid(torch.cat(strip), columns=len(strip)), _strip(folder, picture.path), comment=_settings(args))
+        save_image(grid(torch.cat(strip), columns=len(strip)), _strip(folder, picture.path), comment=args.settings)
         if note or not args.quiet:
             print(f"{_strip(folder, picture.path)}{note}")
 
@@ -422,7 +423,7 @@ def _is_restored(args: argparse.Namespace, strip: Path) -> bool:
     """Whether there is a strip that can be read; raises if it was made with other settings."""
     try:
         with open_picture(strip) as file:
-            same = file.info.get("Comment", _settings(args)) == _settings(args)
+            same = file.info.get("Comment", args.settings) == args.settings
     except OSError:  # no such file, or not a picture
         return False
     if not same:
@@ -432,9 +433,11 @@ def _is_restored(args: argparse.Namespace, strip: Path) -> bool:
     return True
 
 
-def _settings(args: argparse.Namespace) -> str:
-    """A hash of the options on which the results depend."""
-    return hash_of({name: str(value) for name, value in vars(args).items() if name not in _WITHOUT_EFFECT})
+def _settings(args: argparse.Namespace, operator: Operator) -> str:
+    """A hash of the options on which the results depend, and of the masks, whose files may have changed."""
+    options = {name: str(value) for name, value in vars(args).items() if name not in _WITHOUT_EFFECT}
+    masks = [hash_of_bytes(part.mask.numpy().tobytes()) for part in operator.parts() if isinstance(part, Mask)]
+    return hash_of([options, masks])
 
 
 def _size(shape: Sequence[int]) -> str:
