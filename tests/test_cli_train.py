@@ -165,13 +165,15 @@ def test_growing_announces_its_stages(faces, tmp_path, calls, monkeypatch, capsy
         seconds = lambda net, data, settings, _: [0.01, 0.02, 0.03][: len(settings.stages())]  # noqa: E731
         monkeypatch.setattr(module, "seconds_per_image", seconds)
     growing = ["train", str(faces), "--recipe", "growing", "--batch-size", "8", "--device", "cpu", "--quiet"]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)  # a batch of 8 is divided among 4 processes
     assert main([*growing, "--out", str(tmp_path), "--hours", "8"]) == 0
     printed = capsys.readouterr().out
     assert "training  1,280,000 images in 160,000 steps of 8, " in printed
     assert "          stage 1 from image 0, 100 images/s: the network above\n" in printed
     assert "          stage 2 from image 320,000, 50 images/s: {'attention': (True, True, True), 'pixel" in printed
     assert "          stage 3 from image 640,000, 33.3 images/s: {'layers_per_block': (2, 2, 1), " in printed
-    assert "time      about 8.0 h on cpu, 44.4 images/s\nout" in printed
+    hint = "          4 processes may be faster: torchrun --nproc-per-node 4 -m scorematch train ...\n"
+    assert f"time      about 8.0 h on cpu, 44.4 images/s\n{hint}out" in printed
     assert len(calls[0][-1]["growth"]) == 2 and calls[0][-1]["hours"] is None
     assert calls[0][0].config["block_out_channels"] == [64, 128, 160]
 
