@@ -58,11 +58,11 @@ class Resize(Operator):
             raise ValueError(
                 f"{self!r} needs samples whose sizes are multiples of {self.scale}, got shape {tuple(x.shape[1:])}."
             )
-        return products(x, [weights(size, size // self.scale) for size in sizes])
+        return products(x, [_on(x.device, x.dtype, size, size // self.scale) for size in sizes])
 
     def adjoint(self, y: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """The product with the transposed matrix along each axis."""
-        return products(y, [weights(size * self.scale, size).T for size in _sizes(y)])
+        return products(y, [_on(y.device, y.dtype, size * self.scale, size).T for size in _sizes(y)])
 
     def sample_shape(self, y: Tensor) -> tuple[int, ...]:
         """The shape of y with larger sizes."""
@@ -71,7 +71,7 @@ class Resize(Operator):
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """The images enlarged with bicubic interpolation."""
-        return products(y, [weights(size, size * self.scale) for size in _sizes(y)])
+        return products(y, [_on(y.device, y.dtype, size, size * self.scale) for size in _sizes(y)])
 
     def decomposition(self, x: Tensor) -> Decomposition:
         """The product of those of the matrices along the axes."""
@@ -107,6 +107,13 @@ def _svd(n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
     with torch.inference_mode(False):
         u, values, vt = torch.linalg.svd(weights(n, m), full_matrices=False)
         return u, values, vt
+
+
+@functools.lru_cache(maxsize=16)
+def _on(device: torch.device, dtype: torch.dtype, n: int, m: int) -> Tensor:
+    """The weights on a device, to which they are not copied in every call."""
+    with torch.inference_mode(False):
+        return weights(n, m).to(device, dtype)
 
 
 @functools.lru_cache(maxsize=16)
