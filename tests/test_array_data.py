@@ -88,7 +88,7 @@ def test_values_of_netcdf_that_stand_for_gaps_are_nan(tmp_path):
     with pytest.raises(ValueError, match=r"data must be finite, but 1 of 24 samples .* \[7, 1, 4\]"):
         moments(data)
     assert (~read_measurements(tmp_path / "x.nc", None, 0.1, None).mask).nonzero().tolist() == [[7, 1, 4]]
-    with pytest.raises(ValueError, match=r"array x, or only one of data .* got 'group', 'y', 'z'. Write open_arrays"):
+    with pytest.raises(ValueError, match=r"array x, or only one of data .* got 'group/y', 'y', 'z'. Write open_arrays"):
         open_arrays(tmp_path / "x.nc")
     with h5py.File(tmp_path / "pair.nc", "w") as file:
         file["x"], file["condition"] = np.ones((3, 2)), [[1.0], [1e20], [2.0]]
@@ -310,6 +310,25 @@ def test_a_mapping_without_a_single_array_raises():
     with pytest.raises(ValueError, match="there is no array 'c'; the names are 'a'"):
         open_arrays({"a": X}, key="c")
     assert open_arrays({"a": X, "b": X}, key="b").shape == (2, 12)
+
+
+@pytest.mark.parametrize("file", ["x.h5", "x.zarr"])
+def test_arrays_of_groups_have_paths(file, tmp_path):
+    import h5py
+    import zarr
+
+    x, condition = (each.numpy() for each in signals())
+    root = h5py.File(tmp_path / file, "w") if file == "x.h5" else zarr.open_group(str(tmp_path / file), mode="w")
+    group = root.create_group("run").create_group("first")
+    group["x"], group["c"] = x, condition
+    if file == "x.h5":
+        root["broken"] = h5py.SoftLink("/nothing")
+        root.close()
+    data = open_arrays(tmp_path / file, key="run/first/x", condition_key="run/first/c")
+    assert (len(data), data.shape, data.features) == (24, (2, 12), 3)
+    assert np.array_equal(data.read([7])[0][0], x[7])
+    with pytest.raises(ValueError, match=r"no array 'run'; the names are 'run/first/.', 'run/first/.'"):
+        open_arrays(tmp_path / file, key="run")
 
 
 def test_a_folder_that_is_not_zarr_raises(tmp_path):

@@ -396,12 +396,13 @@ def _names(arrays: Mapping[str, Any], key: str | None, condition_key: str | None
     """The names of the data, and of the parts of their condition, in a mapping; None if it has no data."""
     names = list(arrays)
     for given in (key, condition_key):
-        if given is not None and given not in names and not ("/" in given and given in arrays):  # of a group
+        if given is not None and given not in names:
             listed = few((repr(plain(each)) for each in names), 10)
             raise ValueError(f"there is no array {given!r}; the names are {listed}.")
     conditions = [each for each in _CONDITIONS if each in names] if condition_key is None else [condition_key]
     found = ["x"] if "x" in names else []
     found = found or [each for each in names if each not in conditions and len(getattr(arrays[each], "shape", ())) > 1]
+    found = [each for each in found if "/" not in each] or found  # those of no group
     found = found if key is None else [key]
     if len(found) != 1:
         return None
@@ -448,7 +449,7 @@ def _hdf5(path: Path) -> Any:
     except ImportError as error:
         raise ImportError(f'reading {path} needs h5py: pip install "scorematch[arrays]".') from error
     try:
-        return h5py.File(path, "r")
+        return _arrays(h5py.File(path, "r"))
     except OSError as error:
         raise OSError(f"{path} cannot be read as an HDF5 file: {error}") from error
 
@@ -462,7 +463,19 @@ def _zarr(path: Path) -> Any:
         opened: Any = zarr.open(str(path), mode="r")
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a folder of zarr: {reason(error)}.") from error
-    return opened if _is_array(opened) else dict(opened.arrays())
+    return opened if _is_array(opened) else _arrays(opened)
+
+
+def _arrays(group: Any, prefix: str = "") -> dict[str, Any]:
+    """The arrays of HDF5 or zarr by their names, those of a group as "group/x"."""
+    found: dict[str, Any] = {}
+    for name in group:
+        each = group.get(name)  # None for a link to nothing
+        if _is_array(each):
+            found[prefix + name] = each
+        elif hasattr(each, "keys"):
+            found |= _arrays(each, f"{prefix}{name}/")
+    return found
 
 
 FILES: Mapping[str, Callable[[Path], Any]] = {
