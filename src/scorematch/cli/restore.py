@@ -125,8 +125,8 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "pictures of other sizes",
         "By default a picture is resized to the size of the network's images, and what is missing is enlarged and\n"
-        "pasted into it. The picture keeps all that is known. Restored in tiles are a picture to be enlarged that is as\n"
-        "large as the network's images, and one more than four times as long as wide if what is missing does not fit\n"
+        "pasted into it. The picture keeps all that is known. Tiles are for a picture to be enlarged that is as large\n"
+        "as the network's images, and for one more than four times as long as wide if what is missing does not fit\n"
         "into a part of the network's aspect ratio.",
     )
     how = group.add_mutually_exclusive_group()
