@@ -66,15 +66,15 @@ def add(commands: Commands) -> None:
         "model",
         type=filled,
         metavar="what",
-        help="a network, by name or folder as for sample; a folder of images, also one written by sample; or an .npz "
-        "file",
+        help="a network, by name or folder as for sample; a folder of images, also one written by sample; or a file of "
+        "images or of other arrays",
     )
     parser.add_argument(
         "reference",
         nargs="?",
         type=filled,
         help="the real images: a folder, an .npz file of images or of statistics, a data set owner/name on the Hub, or "
-        f"{', '.join(REFERENCES)}",
+        f"{', '.join(REFERENCES)}; or for other data a file of arrays",
     )
     parser.add_argument(
         "-n",

@@ -125,8 +125,9 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "pictures of other sizes",
         "By default a picture is resized to the size of the network's images, and what is missing is enlarged and\n"
-        "pasted into it. The picture keeps all that is known. A picture more than four times as long as wide, and one\n"
-        "to be enlarged that is as large as the network's images, is restored in tiles.",
+        "pasted into it. The picture keeps all that is known. Tiles are for a picture to be enlarged that is as large\n"
+        "as the network's images, and for one more than four times as long as wide if what is missing does not fit\n"
+        "into a part of the network's aspect ratio.",
     )
     how = group.add_mutually_exclusive_group()
     how.add_argument("--resize", action="store_true", help="resize in any case")

@@ -71,9 +71,9 @@ def add(commands: Commands) -> None:
         description="Trains a network on pictures or other data. To continue an interrupted run, repeat the command; "
         "the result is\nthe same as without the interruption. OUT/network has the latest averaged network.\n\n"
         "DATA is a folder (all pictures in it and its subfolders), an .npz file, or a data set of the Hugging Face "
-        "Hub.\nOther data are floating-point arrays (N, C, ...) of any range in .npy, .npz, .h5 or .zarr: the array x, "
-        "and\nvectors (N, K) as condition, if there are any. The network is then chosen by the shape, and has the "
-        "units of the\ndata. All N are whole numbers, such as 50000, 50k or 5M.",
+        "Hub.\nOther data are floating-point arrays (N, C, ...) of any range in .npy, .npz, .h5, .nc or .zarr: the "
+        "array x, and\nvectors (N, K) or images (N, K, ...) as condition, if there are any. The network is then chosen "
+        "by the shape, and\nhas the units of the data. All N are whole numbers, such as 50000, 50k or 5M.",
         epilog="Recipes:\n"
         + "".join(f"  {name:<16}{recipe.image_size} px; {recipe.source}\n" for name, recipe in RECIPES.items())
         + "\nExamples:\n"
@@ -159,8 +159,9 @@ def add(commands: Commands) -> None:
     )
     measured = parser.add_argument_group(
         "incomplete data",
-        "With --sigma, DATA are noisy measurements with gaps: a folder of pictures with masks, an .npz file with y\n"
-        "and mask, or an .npy file; NaN in y is a gap. The options of training are those of each stage.",
+        "With --sigma, DATA are noisy measurements with gaps: a folder of pictures with masks; an .npz, .h5, .nc or\n"
+        ".zarr file with y and, if there is one, mask; or an .npy file. NaN in y is a gap. The options of training\n"
+        "are those of each stage.",
     )
     measured.add_argument("--sigma", type=amount, help="the standard deviation of the noise, in the units of DATA")
     measured.add_argument(

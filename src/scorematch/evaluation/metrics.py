@@ -1,6 +1,6 @@
 r"""Metrics of generated images: functions of the features of samples and of real images, and the table ``METRICS``.
 
-``evaluate``, the command line and ``tune`` measure what the table has. A new metric is one function and one line.
+``evaluate`` measures what the table has, and so does its command. A new metric is one function and one line.
 
 **Fréchet distance**, of the Gaussians with the means and covariances of two sets of features,
 

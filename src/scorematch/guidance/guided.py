@@ -78,9 +78,10 @@ def classifier_free(
     r"""Classifier-free guidance: :math:`s(x) + w\,(s(x | c) - s(x))`, with one network call on a batch of 2N.
 
     Args:
-        net: a score that takes a class and has a null class: a ScoreNet that was built with ``null_class=True`` and
-            trained with ``label_drop``, its inference copy, or any callable with an attribute ``conditioning``, such as
-            ``Condition(classes=10, null_class=True)`` of ``scorematch.nets``.
+        net: a score that takes a class or a vector and was trained without it too: a ScoreNet that was built with
+            ``null_class=True`` or ``condition_features`` and trained with ``label_drop``, its inference copy, or any
+            callable with an attribute ``conditioning``, such as ``Condition(classes=10, null_class=True)`` of
+            ``scorematch.nets``.
         weight: w. 0 is the network without a class, 1 the network with the class; values above 1 are guidance. Ho &
             Salimans call w - 1 the weight.
         interval: (low, high), the range of noise levels with guidance, low < sigma <= high, in the units of x. At other
@@ -90,7 +91,7 @@ def classifier_free(
             without guidance. See the module docstring.
 
     Returns:
-        A score, ``score(x, sigma, condition)``, with classes as its condition, int64 (N,) or an int.
+        A score, ``score(x, sigma, condition)``, with the condition of net, which must be given.
 
     Example:
         >>> from scorematch import NoiseSchedule, ScoreNet

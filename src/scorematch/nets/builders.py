@@ -216,8 +216,9 @@ class Builders:
 
         Args:
             channels: the number of channels of an image.
-            image_size: (height, width) of a sample in pixels, or the side of a square one. The network takes all sizes
-                that are multiples of ``patch * 2 ** (len(widths) - 1)``.
+            image_size: (height, width) of a sample in pixels, or the side of a square one. Every side is at least the
+                largest stride, ``patch * 2 ** (len(widths) - 1)``; sides that are no multiples of it are extended
+                inside.
             widths: the number of feature channels at each scale, from full resolution down; height and width are halved
                 from one scale to the next.
             layers_per_block: the number of residual blocks at each scale on the way down; the way up has one more.

@@ -112,9 +112,9 @@ class Photograph:
             in the middle of an aligned image of CelebA; or (left, top, width, height) in pixels. None is the largest
             part with the aspect ratio of h x w that has all missing pixels, nearest to the middle; if there is none
             of which half is known, the whole picture with borders, which are missing too.
-        tile: whether the network draws at the resolution of the picture, in tiles. None is False, unless the picture is
-            more than four times as long as wide, or y alone is at least as large as the network's images, and there is
-            no ``crop``.
+        tile: whether the network draws at the resolution of the picture, in tiles. None is False, unless there is no
+            ``crop``, and y has fewer pixels than the picture but is at least as large as the network's images, or the
+            picture is more than four times as long as wide and no part of the shape h x w has all missing pixels.
         feather: over how many pixels around a hole the known pixels are blended with the restoration. They then lose
             their bits.
 

@@ -60,7 +60,8 @@ def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommende
         group,
         "calls",
         Field(int, low=1),
-        "the recommended settings with the most network calls per image up to this number",
+        "the recommended settings with the most network calls per image up to this number; to restore, any number from "
+        "2 on",
     )
     _add_options(group, options_of(Sampler))
     added: set[str] = set()
