@@ -127,7 +127,7 @@ Draw = Callable[[Any, int, Observation, int], Tensor]  # of a score, the number 
 
 
 def own(method: str, score: Any, steps: int, observation: Observation, seed: int) -> Tensor:
-    """Draws with a method of this package and consistent Langevin dynamics, with the noise of ancestral sampling."""
+    """Draws with a method of this package and consistent Langevin dynamics, p = 1.1."""
     sampler = AnnealedLangevinSampler(score, levels=max(2, steps), restore=method, consistent=True)
     return sampler.sample(len(observation), observation=observation, generator=seed, progress=False)
 

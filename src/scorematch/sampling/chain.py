@@ -15,9 +15,6 @@ from scorematch.restoration.method import Restoration
 __all__ = ["Chain"]
 
 
-Generators = torch.Generator | tuple[torch.Generator, ...] | None
-
-
 class Run(NamedTuple):
     """The checked arguments of one run, except the start, which is kept separately so that it can be freed early."""
 
