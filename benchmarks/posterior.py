@@ -328,7 +328,7 @@ class Remembered:
 
 
 class Adapter:
-    """In place of a sampler, for ``posterior_calibration``."""
+    """A stand-in for a sampler, for ``posterior_calibration``."""
 
     def __init__(self, draw: Callable[[Observation, int], Tensor]) -> None:
         self._draw = draw
