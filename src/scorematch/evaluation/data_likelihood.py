@@ -121,8 +121,7 @@ def data_likelihood(
         schedule: the noise levels of the integration, as for ``log_likelihood``.
         n: the number of images, at least 2, which are drawn at random; None is all.
         noise: "uniform", the dequantization noise, for bits per dimension; "normal", noise of the lowest level of the
-            integration, for networks whose lowest level is well above 1/255; see
-            ``scorematch.evaluation.data_likelihood``.
+            integration, for networks whose lowest level is well above 1/255 (docs/evaluation.md).
         probes: the number of random vectors for the trace at each level; None computes the exact trace.
         checks: the number of images for the error of the trace and the change with twice the levels, at least 2; at
             most n are used.

@@ -154,7 +154,7 @@ class Job:
         as_condition(given, x, attribute(sampler.net, "conditioning"))
 
     def _named(self, condition: Any) -> Tensor | Parts | None:
-        """The condition on the CPU; beside classes as a dict."""
+        """The condition on the CPU; as a dict if the network also takes classes."""
         if condition is None:
             return None
         if not isinstance(condition, Tensor | dict):

@@ -109,10 +109,10 @@ class ODESampler(Sampler):
         coefficients: the numbers of the steps of "dpm-solver++" or "unipc" on the levels ``sigmas``, in place of those
             of the method, which ``learned_settings`` fits to a network.
         data_mean, data_spectrum: the mean and the spectrum of the data, ``data_moments(data, net=net)``. The steps of
-            "dpm-solver++" and "unipc" are then exact for the normal distribution of the data, so that fewer are needed,
-            and the start is drawn from it with noise of the highest of the levels, which may be as low as half a
-            standard deviation of the coarsest structure; see ``scorematch.sampling.normal``. With an observation they
-            are not used: choose higher levels.
+            "dpm-solver++" and "unipc" are then exact for normal data with these moments, and fewer steps are needed.
+            The start is drawn from their normal distribution with noise of the highest level, which may be as low as
+            half a standard deviation of the coarsest structure; see ``scorematch.sampling.normal``. With an observation
+            they are not used: choose higher levels.
 
         Rarely needed:
 
