@@ -243,8 +243,8 @@ def evaluate(
             other data, as for ``scorematch.data.open_arrays``. For samples of a network the real images are cropped
             and resized as in training; images to evaluate must have the size of the reference, and are not cropped.
         n: the number of samples, at least 2; None is 5,000 samples of a network, or all images. Published figures use
-            50,000. If a set of images has more than n, a random subset is measured; of a folder that ``sample_to``
-            wrote, the first n images are.
+            50,000. If a set of images has more than n, a random subset is measured, and of a folder that
+            ``sample_to`` wrote the first n images.
         features: the extractor, or several of them: names from ``EXTRACTORS``, ``Extractor`` objects, or functions of
             images (N, C, H, W), uint8, as for ``as_extractor``. "values" says that the data are not pictures, which is
             only needed for values of the shape of pictures in [-1, 1].
