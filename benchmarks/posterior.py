@@ -127,7 +127,7 @@ Draw = Callable[[Any, int, Observation, int], Tensor]  # of a score, the number 
 
 
 def own(method: str, score: Any, steps: int, observation: Observation, seed: int) -> Tensor:
-    """Draws with a method of this package and consistent Langevin dynamics, with the noise of ancestral sampling."""
+    """Draws with a method of this package and consistent Langevin dynamics, p = 1.1."""
     sampler = AnnealedLangevinSampler(score, levels=max(2, steps), restore=method, consistent=True)
     return sampler.sample(len(observation), observation=observation, generator=seed, progress=False)
 
@@ -328,7 +328,7 @@ class Remembered:
 
 
 class Adapter:
-    """In place of a sampler, for ``posterior_calibration``."""
+    """A stand-in for a sampler, for ``posterior_calibration``."""
 
     def __init__(self, draw: Callable[[Observation, int], Tensor]) -> None:
         self._draw = draw

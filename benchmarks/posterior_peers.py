@@ -30,7 +30,7 @@ def peers() -> dict[str, Draw]:
 
 
 def seeded(draw: Callable[[Any, int, Observation], Tensor]) -> Draw:
-    """The packages draw from torch's global generator."""
+    """A method with a seed, that of torch's global generator, from which the packages draw."""
 
     def run(score: Any, steps: int, observation: Observation, seed: int) -> Tensor:
         torch.manual_seed(seed % 2**32)
@@ -63,9 +63,9 @@ def pseudo_inverse(observation: Observation, like: Tensor) -> Callable[[Tensor],
 
 
 def strength(score: Any, steps: int) -> float:
-    """That of DPS, at least its default 1, which is for 1,000 steps and color images of 256x256 pixels.
+    """The strength of DPS: at least its default 1, which is for 1,000 steps and color images of 256x256 pixels.
 
-    With it all steps together go as far in relation to the norm of a sample.
+    With it all steps together go as far, relative to the norm of a sample.
     """
     return max(1.0, 1000 / steps * math.sqrt(math.prod(score.sample_shape) / (3 * 256**2)))
 

@@ -4,9 +4,9 @@
     python examples/incomplete_digits.py --data FOLDER --out runs/quarter --missing 0.75
     python examples/incomplete_digits.py --data FOLDER --out runs/half --stages 12      # four more stages
 
-It prints the error of held-out values by stage, and two Frechet distances of samples from test digits, with the means
-of 2 x 2 pixels as features: of the prior, and of the same network after a training on as many clean digits for as many
-images. The first command takes about half an hour of one core.
+It prints the error of held-out values by stage, and two Frechet distances of samples from test digits: that of the
+prior, and that of the same network trained as long on as many clean digits. The features are the means of 2 x 2 pixels.
+The first command takes about half an hour of one core.
 """
 
 import argparse

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class TwoMoons:
-    """A crescent, moved by the parameters; the posterior has two."""
+    """A crescent that the parameters move; the posterior consists of two crescents."""
 
     sizes, bound, steps = (2, 2), 1.0, 6000  # of theta and x; the prior is uniform in [-bound, bound]
 

@@ -126,6 +126,13 @@ def test_functions_may_have_tensors_of_either_precision(dtype, restore):
     assert torch.allclose(x.mean(0).double(), exact.posterior(observation).mean, atol=0.1)
 
 
+def test_guidance_of_a_covariance_names_the_methods_that_take_it():
+    exact = Gaussian([0.0, 1.0], 1.0, schedule=NoiseSchedule.geometric(30, 0.01, 5))
+    observation = Observation(Linear(lambda x: x), torch.zeros(1, 2), lambda v: v)
+    with pytest.raises(ValueError, match=r'"guide" needs the standard deviation.*Write restore="shift"'):
+        run(ODESampler(exact, restore="guide"), 1, observation=observation)
+
+
 def test_a_value_with_infinite_sigma_is_not_measured():
     prior = Gaussian(random(48), 1.0, SHAPE)
     mask, y = random(1, *SHAPE) > 0, random(1, *SHAPE, number=1)

@@ -116,12 +116,12 @@ def data_likelihood(
 
     Args:
         net: a score of images in [0, 1], differentiable in x: a ScoreNet, or any callable with a schedule.
-        data: an ``ImageData``, or what ``scorematch.training.open_images`` takes: a folder, arrays, an ``.npz`` file, a
+        data: an ``ImageData``, or what ``scorematch.data.open_images`` takes: a folder, arrays, an ``.npz`` file, a
             data set. The values must be multiples of 1/255 in [0, 1].
         schedule: the noise levels of the integration, as for ``log_likelihood``.
         n: the number of images, at least 2, which are drawn at random; None is all.
         noise: "uniform", the dequantization noise, for bits per dimension; "normal", noise of the lowest level of the
-            integration, for networks whose lowest level is well above 1/255. See the module docstring.
+            integration, for networks whose lowest level is well above 1/255 (docs/evaluation.md).
         probes: the number of random vectors for the trace at each level; None computes the exact trace.
         checks: the number of images for the error of the trace and the change with twice the levels, at least 2; at
             most n are used.

@@ -190,7 +190,7 @@ def level_losses(
 
     Args:
         net: a score: a ScoreNet, or any callable ``net(x, sigma)``.
-        data: an ``ImageData``, or what ``scorematch.training.open_images`` takes: a folder, arrays, a data set.
+        data: an ``ImageData``, or what ``scorematch.data.open_images`` takes: a folder, arrays, a data set.
         levels: the noise levels; None is 16 geometric levels over the range of the network's own schedule.
         n: the largest number of images, at least 2, which are drawn at random; None is all.
         condition: the condition of the images, as for ``data_likelihood``.

@@ -240,12 +240,11 @@ def evaluate(
             ``Sampler``; or images: a folder, an ``.npz`` file, arrays, or a folder that ``sample_to`` wrote.
         reference: the real images, all of which are used: a folder, an ``.npz`` file, arrays, a data set or its name on
             the Hub, one of the short names in ``scorematch.data.REFERENCES``, or statistics (an object or a file); or
-            other data, as for ``scorematch.data.open_arrays``. For
-            samples of a network they are cropped and resized as in training; images must have the size of the
-            reference, and are not cropped.
+            other data, as for ``scorematch.data.open_arrays``. For samples of a network the real images are cropped
+            and resized as in training; images to evaluate must have the size of the reference, and are not cropped.
         n: the number of samples, at least 2; None is 5,000 samples of a network, or all images. Published figures use
-            50,000. If a set of images has more than n, a random subset is measured; of a folder that ``sample_to``
-            wrote, the first n images are.
+            50,000. If a set of images has more than n, a random subset is measured, and of a folder that
+            ``sample_to`` wrote the first n images.
         features: the extractor, or several of them: names from ``EXTRACTORS``, ``Extractor`` objects, or functions of
             images (N, C, H, W), uint8, as for ``as_extractor``. "values" says that the data are not pictures, which is
             only needed for values of the shape of pictures in [-1, 1].

@@ -69,6 +69,10 @@ class GaussianMixture(Distribution):
         weights: (K,), float64.
         means: (K, D), float64.
 
+    Raises:
+        ValueError: if shapes do not fit, a weight is not positive, or the covariance is not symmetric or has negative
+            eigenvalues.
+
     Example:
         >>> two = GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], 0.25)
         >>> two(torch.tensor([[0.0], [9.0]]), 0.5).tolist()  # (-+1 - x) / (0.25 + sigma^2), weighted
@@ -265,6 +269,10 @@ class Empirical(Distribution):
         bandwidth: h, at least 0, in the units of the data.
         schedule: the noise levels with which samplers use the distribution.
         value_range: the range of the data.
+
+    Raises:
+        TypeError: if the data are neither floating point nor uint8.
+        ValueError: if there are no data, or the bandwidth is negative.
 
     Example:
         >>> Empirical(torch.tensor([[0.0], [1.0]]))(torch.tensor([[0.5], [3.0]]), 0.1).round().tolist()

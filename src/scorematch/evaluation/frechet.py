@@ -19,9 +19,9 @@ _known: weakref.WeakKeyDictionary[Statistics, _Gaussian] = weakref.WeakKeyDictio
 def frechet_distance(features: Features, reference: Features) -> Estimate:
     r"""The squared Fréchet distance between the Gaussians with the means and covariances of two sets of features.
 
-    The distance is biased upward by about c / N; see the module docstring. Its standard error is computed by the delta
-    method. Let T be the map that transports the Gaussian of the features to that of the reference, and :math:`x_i = f_i
-    - m`. To first order, image i changes the distance by :math:`\psi_i / n`,
+    The distance is biased upward by about c / N; see ``scorematch.evaluation.metrics``. Its standard error is computed
+    by the delta method. Let T be the map that transports the Gaussian of the features to that of the reference, and
+    :math:`x_i = f_i - m`. To first order, image i changes the distance by :math:`\psi_i / n`,
 
     .. math:: \psi_i = 2 (m - m_r)^\top x_i + \lVert x_i \rVert^2 - x_i^\top T x_i - \mathrm{const},
 

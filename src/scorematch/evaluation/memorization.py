@@ -235,7 +235,7 @@ def memorization_of(
     and of one batch.
 
     Args:
-        samples: images of the network: an ``ImageData``, or what ``scorematch.training.open_images`` takes, such as a
+        samples: images of the network: an ``ImageData``, or what ``scorematch.data.open_images`` takes, such as a
             folder or a tensor (N, C, H, W).
         training: the training images, with at least ``neighbors`` images.
         held_out: images of the same source that were not used in training; None for no control.

@@ -48,10 +48,6 @@ network itself instead of images of the data: then the prior is right, and what 
 
 The random numbers of an image depend on the seed and on its pixels only, except that those of equal images differ.
 
-The settings in evaluation.json have the operator as text. Files of earlier versions have the key "task", with the names
-"colorization" for "gray", "inpainting" for "hole", "uncropping" for "half", and "jpeg-5" for "jpeg:5", and the key
-"noise" for "sigma".
-
 References:
     Saharia et al., 2022, Palette: Image-to-Image Diffusion Models, arXiv:2111.05826, Sec. 4.
 """

@@ -47,7 +47,7 @@ Make = Callable[[Score, int], Sampler]
 
 
 class SamplerDistance(NamedTuple):
-    """The distances of samples from a distribution; see the module docstring.
+    """The distances of samples from a distribution; see ``scorematch.evaluation.sampler_distance``.
 
     Attributes:
         name: the name of the sampler.

@@ -211,7 +211,7 @@ def statistics_of(
     Under ``torch.distributed`` every process must call it; each computes a share of the features.
 
     Args:
-        data: an ``ImageData``, or what ``scorematch.training.open_images`` takes: a folder, arrays, an ``.npz`` file, a
+        data: an ``ImageData``, or what ``scorematch.data.open_images`` takes: a folder, arrays, an ``.npz`` file, a
             data set. To choose the size or the number of channels, call ``open_images`` first.
         extractor: the extractor, with a fingerprint.
         keep_features: whether to keep all features, which all metrics except the Fréchet distance need.
@@ -290,6 +290,9 @@ def features_of(features: Features, name: str) -> Tensor:
     """Checks features, or takes those of statistics."""
     if isinstance(features, Statistics):
         if features.features is None:
-            raise ValueError(f"{name} must be features, but the statistics have none. Compute them with features=True.")
+            raise ValueError(
+                f"{name} must be features, but the statistics have none. Compute them with statistics_of(..., "
+                "keep_features=True)."
+            )
         features = features.features
     return check_features(features, name)

@@ -385,10 +385,9 @@ def settings_table(net: ScoreNet | GuidedScore, calls: int = 250) -> list[Sample
     """Settings that are worth measuring on any network, with at most ``calls`` network calls per image.
 
     The first are the network's own settings and their alternatives, if it has any. The others are the probability flow
-    with Heun's method and DPM-Solver++;
-    consistent sampling on several numbers of levels, with steps of 0.36 and 0.5 sigma^2 and of (1 - r^p) sigma^2 for
-    p = 1.1, 1.5 and 2, where r is the ratio of a level to the one before; ancestral sampling with the variances "large"
-    and "small"; and predictor-corrector sampling.
+    with Heun's method and DPM-Solver++; consistent sampling on several numbers of levels, with steps of 0.36 and
+    0.5 sigma^2 and of (1 - r^p) sigma^2 for p = 1.1, 1.5 and 2, where r is the smallest ratio of a level to the one
+    before; ancestral sampling with the variances "large" and "small"; and predictor-corrector sampling.
 
     Args:
         net: the network.

@@ -109,8 +109,8 @@ def build(stored: Stored, backbone: nn.Module | None = None, condition_encoder: 
 
     Raises:
         TypeError: if ``backbone`` is not a module.
-        ValueError: if no network can be built from the configuration, the weights do not fit it, or ``backbone`` is
-            missing for a network of the user's own class or given for another.
+        ValueError: if no network can be built from the configuration, the weights do not fit it, or ``backbone`` or
+            ``condition_encoder`` is missing for a network that needs it or given for another.
     """
     if backbone is not None and not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone must be a torch.nn.Module, an instance of your class, got {backbone!r}.")

@@ -50,7 +50,9 @@ def locate(
     Raises:
         TypeError: if ``name_or_folder`` is neither a string nor a path.
         FileNotFoundError: if there is no such name, folder or repository, or the Hub cannot be reached.
-        ValueError: if ``name_or_folder`` is a file.
+        PermissionError: if the repository is gated.
+        OSError: if a download fails for another reason.
+        ValueError: if ``name_or_folder`` is a file, or ``token`` or a name in the repository is not valid.
     """
     if not isinstance(name_or_folder, str | os.PathLike):
         raise TypeError(f"the name of a network must be a string or a path, got {type(name_or_folder).__name__}.")

@@ -64,10 +64,10 @@ def save(
         condition_encoder: the encoder of the condition of the network, if it has one, which is not changed.
 
     Raises:
-        TypeError, ValueError: if the configuration is invalid and could not be loaded.
-        ValueError: if ``diffusers`` is True and no pipeline can run the network.
+        TypeError: if the configuration has values that JSON cannot store.
+        ValueError: if the configuration is invalid, the weights do not have the names and shapes that it requires, or
+            ``diffusers`` is True and no pipeline can run the network.
         NotADirectoryError: if ``folder`` is a file.
-        ValueError: if the weights do not have the names and shapes that the configuration requires.
         FileExistsError: if ``folder`` holds another network in unet/, or is the folder of a training run.
         OSError: if the folder cannot be written.
     """

@@ -1,4 +1,4 @@
-"""The default method for operators that are not linear, which needs gradients, or another for scores without them."""
+"""The default method for operators that are not linear: "guide-jacobian", or "guide" for a score without gradients."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ class Blur(Operator):
 
 
 class GaussianBlur(Blur):
-    r"""Blur with a Gaussian kernel, :math:`k_j \propto \exp(-j^2 / 2 s^2)`, as a lens out of focus has approximately.
+    r"""Blur with a Gaussian kernel, :math:`k_j \propto \exp(-j^2 / 2 s^2)`, about that of a lens out of focus.
 
     The kernel ends at three standard deviations, rounded up to whole pixels, and its sum is 1. All axes after the
     channels are blurred: one of signals (N, C, L), two of images; for vectors (N, D), their only axis.

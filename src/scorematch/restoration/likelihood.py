@@ -19,7 +19,8 @@ its own, which grows with every accepted proposal and shrinks with every rejecte
 The variance :math:`\tau = L r^2 (r^2 / 2 v + 0.01)`, with the largest curvature L of
 :math:`\lVert A(x_0) \rVert^2 / 2` and the variance v of the data, limits the ratio of the curvatures of both factors
 while r is large, so that a chain can cross from one mode of the likelihood to another. It falls with the fourth power
-of r. If only the product with the inverse of :math:`\Sigma_y` is known, that is divided by a number instead.
+of r. If only the product with the inverse of :math:`\Sigma_y` is known, it is divided by :math:`1 + \tau` instead, and
+L is the largest curvature of :math:`\Phi` without that division.
 
 A measurement without a gradient, such as JPEG or rounding, is replaced by its linearization at c, with the derivative
 of ``Operator.linearized``: its jumps would stop the chain.

@@ -39,6 +39,9 @@ class Linear(Operator):
     Args:
         function: a differentiable function of samples (N, ...) that is linear, row by row, without a constant term.
 
+    Raises:
+        TypeError: if ``function`` is not callable.
+
     Example:
         >>> slopes = Linear(lambda x: x[..., 1:] - x[..., :-1])
         >>> slopes.measure(torch.tensor([[1.0, 3.0, 4.0]]))
@@ -67,6 +70,10 @@ class Matrix(Operator):
 
     Args:
         a: the matrix (M, D), floating point, for samples of D values.
+
+    Raises:
+        TypeError: if a is not a floating-point matrix.
+        ValueError: if its values are not finite.
 
     Example:
         >>> Matrix(torch.eye(2, 4)).measure(torch.arange(4.0).view(1, 1, 2, 2))

@@ -83,7 +83,7 @@ def known_sigma(observation: Observation, method: str) -> float | Tensor:
     if callable(observation.sigma):
         raise ValueError(
             f'the method "{method}" needs the standard deviation of the noise of each value of y, got {observation!r}. '
-            'Write restore="moment-matching".'
+            'Write restore="shift" or "moment-matching".'
         )
     return observation.sigma
 

@@ -50,9 +50,12 @@ class Observation:
         mask: which values of y are observed, bool and broadcastable to y; None if all are.
 
     Raises:
-        TypeError: if ``operator`` is not an ``Operator``, or y is not a floating-point tensor.
-        ValueError: if sigma is negative, NaN or of another shape, y does not fit the operator, y is not finite where it
-            is observed, or the operator is not linear, or has not the gain or the adjoint, that it says.
+        TypeError: if ``operator`` is not an ``Operator``, y or its measurement is not a floating-point tensor, or sigma
+            is of another type.
+        ValueError: if sigma is negative, NaN or of another shape, or, as a function, not the product with the inverse
+            of a covariance; if y does not fit the operator, or is not finite where it is observed; or if the operator
+            fails a check on random values: it is not linear although it says so, its gain or its adjoint is wrong, it
+            mixes the samples of a batch, or it changes x in place.
 
     Example:
         >>> from scorematch.restoration import as_operator

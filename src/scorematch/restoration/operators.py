@@ -18,10 +18,9 @@ Uncrop             ``uncrop:right=14``     1                     (N, C, H', W'),
 Grayscale          ``gray``                0.446966              (N, 1, H, W)
 AveragePool(k)     ``pool:4``              1 / k^2               (N, C, H/k, W/k)
 Resize(scale)      ``resize:4``            none                  (N, C, H/scale, W/scale)
-Blur(kernel)       ``blur:2``              none                  (N, C, H, W)
+GaussianBlur       ``blur:2``              none                  (N, C, H, W)
 MotionBlur         ``motion:9,45``         none                  (N, C, H, W)
-Fourier(mask)      ``fourier:4``           none; 1 if x is       (N, 2 C, H, W)
-                                           complex
+FourierLines(k)    ``fourier:4``           none                  (N, 2 C, H, W)
 Clip(low, high)    ``clip:0.1,0.9``        none, not linear      (N, C, H, W)
 Quantize(levels)   ``quantize:4``          none, not linear      (N, C, H, W)
 JPEG(quality)      ``jpeg:10``             none, not linear      (N, C, H, W)
@@ -29,12 +28,12 @@ JPEG(quality)      ``jpeg:10``             none, not linear      (N, C, H, W)
 =================  ======================  ====================  =============================
 
 ``A @ B`` applies B first. It has a gain if both operators have one and A does not mix values that B observes with
-values that it does not.
+values that it does not. ``Blur``, ``Fourier``, ``Magnitude``, ``Linear``, ``Matrix`` and ``Physics`` have no text form.
 
-To add an operator, subclass ``Operator`` and define ``measure``; also ``pseudo_inverse`` and ``gain`` if it is linear
-and has a gain, ``pseudo_inverse`` if y has another shape than x, and ``carry_mask`` if it can be applied after a mask.
-With a ``form`` and a line in ``scorematch.restoration.OPERATORS`` it can be written as text, on the command line and in
-the demo too.
+To add an operator, subclass ``Operator`` and define ``measure``; also ``linear = True`` if it is linear,
+``pseudo_inverse`` and ``gain`` if it has a gain, ``pseudo_inverse`` if y has another shape than x, and ``carry_mask``
+if it can be applied after a mask. With a ``form`` and a line in ``scorematch.restoration.OPERATORS`` it can be written
+as text, on the command line and in the demo too.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, App. B.

@@ -5,20 +5,10 @@ concatenated with the noisy image: :math:`s(x, \sigma, c)`. It is trained by den
 degraded and clean images. A task computes the degraded image from the clean image x, and a mask, True where the loss
 counts: ``condition, mask = task(x)``.
 
-===============  ========================  =====================================================  ================
-task             condition                 random for each image                                  mask
-===============  ========================  =====================================================  ================
-Colorization     luma, on three channels   nothing                                                everywhere
-Inpainting       x, noise in the hole      60 %: free-form strokes; 40 %: 1 to 5 boxes, 10 to     the hole
-                                           40 % of the area in all
-Uncropping       x, noise in the hole      half of the area; 50 %: at one side; 50 %: all around  the hole
-JPEGRestoration  x through the codec       quality Q, 5 to 30, as exp(-Q / 10)                    everywhere
-MultiTask        that of one of its tasks  the task                                               that task's
-===============  ========================  =====================================================  ================
-
-The condition has no channel for the mask or the task; the network infers both. The hole is filled with noise that is
-standard normal in the paper's units, images in [-1, 1]. For images in [0, 1] that is noise of mean 1/2 and standard
-deviation 1/2. The sizes of holes are relative to the size of the image, which need not be square.
+For ``Inpainting`` and ``Uncropping`` the mask is the hole; for colors and JPEG it is the whole image. The condition has
+no channel for the mask or the task; the network infers both. The hole is filled with noise that is standard normal in
+the paper's units, images in [-1, 1]. For images in [0, 1] that is noise of mean 1/2 and standard deviation 1/2. The
+sizes of holes are relative to the size of the image, which need not be square.
 
 Training and sampling take one more line each. ``Observation`` keeps everything outside the hole exactly::
 
@@ -156,6 +146,7 @@ class JPEGRestoration(Task):
         highest: the highest quality, an integer of at most 100.
 
     Raises:
+        TypeError: if a quality is not an integer.
         ValueError: if the qualities are out of range, or ``lowest`` is above ``highest``.
         ImportError: without Pillow.
     """

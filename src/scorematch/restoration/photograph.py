@@ -15,9 +15,9 @@ anything else      D y with the operator D A U.   :math:`U z + B\,(y - A U z)`: 
                    x, otherwise nothing
 =================  =============================  ======================================================================
 
-Beside the box the restored picture is y, or B y. A restored picture has the details of y, and below the resolution of
-the network the details of the network. A network cannot add details that are finer than its own pixels. In tiles
-(``scorematch.guidance.Tiled``) it draws at the resolution of the picture instead, without R and U.
+Outside of the box the restored picture is y, or B y. The network adds details down to the size of its own pixels; finer
+ones come from y alone. In tiles (``scorematch.guidance.Tiled``) the network draws at the resolution of the picture
+instead, without R and U.
 
 R is bilinear interpolation with antialiasing, as for training data, and U is bicubic.
 
@@ -110,13 +110,14 @@ class Photograph:
         sigma: the standard deviation of the noise in y.
         crop: the part that is resized to h x w: "center", the largest one in the middle; "celeba", the 140 x 140 pixels
             in the middle of an aligned image of CelebA; or (left, top, width, height) in pixels. None is the largest
-            part with the aspect ratio of h x w that has all missing pixels, nearest to the middle; if there is none
-            of which half is known, the whole picture with borders, which are missing too.
-        tile: whether the network draws at the resolution of the picture, in tiles. None is False, unless there is no
-            ``crop``, and y has fewer pixels than the picture but is at least as large as the network's images, or the
-            picture is more than four times as long as wide and no part of the shape h x w has all missing pixels.
-        feather: over how many pixels around a hole the known pixels are blended with the restoration. They then lose
-            their bits.
+            part with the aspect ratio of h x w that has all missing pixels, nearest to the middle. If there is no such
+            part, or less than half of it is known, it is the whole picture with borders, which are missing too.
+        tile: whether the network draws at the resolution of the picture, in tiles. None chooses tiles, without
+            ``crop``, in two cases: y is smaller than the picture but at least as large as the network's images, as
+            after ``Resize``; or the picture is more than four times as long as wide, relative to the network's images,
+            and no part with their aspect ratio has all missing pixels.
+        feather: over how many pixels around a hole the known pixels are blended with the restoration. They are then not
+            kept bit for bit.
 
     Attributes:
         observation: what a sampler is given: that of an image of the network, or of a part of the picture with
@@ -127,8 +128,9 @@ class Photograph:
         resized: whether it is resized.
 
     Raises:
+        TypeError: if ``feather`` is not an integer.
         ValueError: if y is not one picture in [0, 1] or does not fit the operator, nothing is known or nothing is
-            missing, or the sizes do not fit.
+            missing, or the sizes, ``crop``, ``tile`` or ``feather`` do not fit.
 
     Example:
         >>> known = torch.ones(300, 400, dtype=torch.bool)

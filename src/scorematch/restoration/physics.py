@@ -20,6 +20,9 @@ class Physics(Operator):
         physics: a ``deepinv.physics.Physics``; it is linear if it is a ``LinearPhysics``, which has ``A_adjoint``. It
             computes in float32, and its tensors are on the device on which samples are drawn.
 
+    Raises:
+        TypeError: if it has no method ``A``.
+
     Example:
         >>> class Half:  # in place of a deepinv.physics.LinearPhysics
         ...     A = A_adjoint = staticmethod(lambda x: x / 2)

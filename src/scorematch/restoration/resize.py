@@ -1,7 +1,8 @@
-r"""Reduction of images as photographs are made smaller: bicubic interpolation with antialiasing.
+r"""Reduction of images by bicubic interpolation with antialiasing.
 
-Along each axis the measurement is the product with a matrix, y = W x. Its rows are a kernel k at the distances of the
-pixels from that of y, in the larger of the two pixel sizes, divided by their sum. k is the cubic kernel
+Along each axis the measurement is the product with a matrix, y = W x. The entry of W for a pixel of y and one of x is
+k(t), where t is the distance of their centers in units of the larger of the two pixel sizes; each row is divided by its
+sum. k is the cubic kernel
 
 .. math:: k(t) = 1 - \tfrac{5}{2} t^2 + \tfrac{3}{2} |t|^3 \;(|t| < 1), \qquad
     2 - 4 |t| + \tfrac{5}{2} t^2 - \tfrac{1}{2} |t|^3 \;(1 \le |t| < 2).

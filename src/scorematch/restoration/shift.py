@@ -28,8 +28,8 @@ every level. It follows that :math:`q \cdot p' = p \cdot q'`, and the damping de
 .. math:: \lambda = \min(0.02,\; 10\, b^2), \qquad
           b \leftarrow \frac12 \Bigl( b + \frac{|q \cdot p' - p \cdot q'|}{|q \cdot p'| + |p \cdot q'|} \Bigr),
 
-with 1 in place of the fraction if :math:`q \cdot p` is not positive. It is at least :math:`10^{-4}`. The score of
-Gaussian data needs no damping; a network has 0.02 at nearly all levels.
+with 1 in place of the fraction if :math:`q \cdot p` is not positive. :math:`\lambda` is at least :math:`10^{-4}`. The
+score of Gaussian data needs no damping; with a network :math:`\lambda` is 0.02 at nearly all levels.
 
 SNIPS and DDRM replace the observed part of the state by y with noise, which says less about the hidden part than y; the
 shifted state has no such noise.

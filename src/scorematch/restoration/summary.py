@@ -63,7 +63,8 @@ def summary(draws: Tensor, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> Summa
 
     The quantile of level p is the p (K + 1)-th smallest of K draws, by linear interpolation. If the draws are exact,
     the interval between the quantiles of levels 0.05 and 0.95 therefore contains the truth with a probability of 90 %.
-    For K below 19 it is that of the smallest and the largest draw, with (K - 1) / (K + 1).
+    With fewer than 19 draws the interval is that from the smallest to the largest draw, whose probability is
+    (K - 1) / (K + 1).
 
     Args:
         draws: (K, ...), floating point, K at least 2, such as ``sampler.sample(20, observation=observation)`` for an

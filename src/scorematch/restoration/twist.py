@@ -12,8 +12,8 @@ If the noise of y has one standard deviation, the covariance is diagonal along t
 square change of A(x) for 64 random changes of a sample in the middle of the value range, relative to theirs. The
 weights of the particles are correct with any such function; they vary less with a better one.
 
-At the end the function is the likelihood of y given the sample. Only where the noise of y is below that of the lowest
-level of the sampler, :math:`r^2 A A^\top` of this level, it has the variance of the latter.
+At the end the function is the likelihood of y given the sample. Where the variance of the noise of y is below
+:math:`r^2 A A^\top` of the lowest level of the sampler, that variance takes its place.
 
 References:
     Wu et al., 2023, Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (TDS),
@@ -104,7 +104,7 @@ def _log_normal(values: Tensor, variance: Tensor, seen: Tensor) -> Tensor:
 
 
 def _log_beside(observation: Observation, along: Callable[[Tensor], Tensor], variance: float, seen: Tensor) -> Tensor:
-    """The log-density (n,) of what y has beside the singular vectors, which is noise."""
+    """The log-density (n,) of the part of y outside of the singular vectors, which is noise."""
     y = observation.residual(torch.zeros_like(observation.y))
     values = along(y)
     seen = seen.expand_as(values).flatten(1)

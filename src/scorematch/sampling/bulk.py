@@ -1,10 +1,10 @@
 """Sampling many images batch by batch, where each depends only on the seed of the job and on its number.
 
-Image i has its own random generator, whose seed ``Job.seeds_of`` computes. The network processes
-images in fixed batches: with a batch size of B, batch b has the images from b B to (b + 1) B - 1. Of m processes, the
-one of rank k draws the batches k, k + m, k + 2 m, ... An image is therefore the same in every job with the same seed,
-whatever the number of images and processes, and whether the job was interrupted. With the same batch size and number of
-threads it is bitwise the same; with another batch size the results of the network are rounded differently.
+Image i has its own random generator, whose seed ``Job.seeds_of`` computes. The network processes images in fixed
+batches: with a batch size of B, batch b has the images from b B to (b + 1) B - 1. Of m processes, the one of rank k
+draws the batches k, k + m, k + 2 m, ... An image is therefore the same in every job with the same seed, whatever the
+number of images and processes, and whether the job was interrupted or not. With the same batch size and number of
+threads it is the same bit for bit; with another batch size the results of the network are rounded differently.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Job:
         as_condition(given, x, attribute(sampler.net, "conditioning"))
 
     def _named(self, condition: Any) -> Tensor | Parts | None:
-        """The condition on the CPU; beside classes as a dict."""
+        """The condition on the CPU; as a dict if the network also takes classes."""
         if condition is None:
             return None
         if not isinstance(condition, Tensor | dict):

@@ -15,9 +15,6 @@ from scorematch.restoration.method import Restoration
 __all__ = ["Chain"]
 
 
-Generators = torch.Generator | tuple[torch.Generator, ...] | None
-
-
 class Run(NamedTuple):
     """The checked arguments of one run, except the start, which is kept separately so that it can be freed early."""
 
@@ -29,7 +26,7 @@ class Run(NamedTuple):
     offset: Tensor | None  # the start, relative to the denoised image of the state that was drawn, if it is centered
     particles: int  # states for each sample
     uniform_source: Callable[[], Tensor]  # a uniform random number for each sample (n,)
-    results: dict[str, Tensor]  # what a sampler returns beside the samples
+    results: dict[str, Tensor]  # what a sampler returns in addition to the samples
 
 
 class Chain:
@@ -124,7 +121,7 @@ class Chain:
 
     @property
     def results(self) -> dict[str, Tensor]:
-        """What the sampler returns beside the samples."""
+        """What the sampler returns in addition to the samples."""
         return self._run.results
 
     def uniform(self) -> Tensor:

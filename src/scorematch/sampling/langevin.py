@@ -74,12 +74,15 @@ _LARGEST_VARIANCE = 1.2
 class AnnealedLangevinSampler(Sampler):
     """Annealed Langevin dynamics for any score.
 
-    Arguments left as None use the network's recommended settings, ``net.sampler_settings``. A network without settings
-    is sampled consistently with at most 250 network calls. A plain function is sampled by the published algorithm: the
-    step size is that of technique 4 of NCSNv2 (Song & Ermon, 2020), and the number of steps per level is the smallest,
-    but at least 3, for which the variance at the end of the schedule is at most 1.2 sigma_min^2. So is a network
-    without settings that knows fewer than 100 noise levels and no others, with exact noise. If the schedule is not
-    the recommended one, the recommended kind of sampling is kept, and the step size is derived from the schedule.
+    Arguments left as None use the network's recommended settings, ``net.sampler_settings``. If the schedule is not the
+    recommended one, the recommended kind of sampling is kept, and the step size is derived from the schedule. A network
+    without settings is sampled consistently with at most 250 network calls.
+
+    A plain function is sampled by the published algorithm: the step size is that of technique 4 of NCSNv2 (Song &
+    Ermon, 2020), and the number of steps per level is the smallest, but at least 3, for which the variance at the end
+    of the schedule is at most 1.2 sigma_min^2. A network without settings is sampled in the same way, but with exact
+    noise, if it has one noise level, or has fewer than 100 and its scores at other levels are not trained (the
+    preconditioning "ncsn").
 
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.

@@ -84,8 +84,8 @@ class ODESampler(Sampler):
     """Samples any score along the probability flow, with few network calls.
 
     Without churn and eta only the start is random: ``sample`` does not call its ``noise_source``, and the same ``init``
-    gives the same samples. Without a schedule and without any option that chooses the levels, the method or new noise,
-    the settings of this kind are used that are stored with the network (``SamplerSettings``), if there are any.
+    gives the same samples. If no schedule and no option for the levels, the method or new noise is given, the settings
+    of this kind that are stored with the network (``SamplerSettings``) are used, if there are any.
 
     Stored settings are for drawing. To restore, pass ``restore``: the steps are then by default those of
     SDE-DPM-Solver++, ``method="dpm-solver++", eta=1``, of the order that suits the method of restoration, on 50 levels,
@@ -109,10 +109,10 @@ class ODESampler(Sampler):
         coefficients: the numbers of the steps of "dpm-solver++" or "unipc" on the levels ``sigmas``, in place of those
             of the method, which ``learned_settings`` fits to a network.
         data_mean, data_spectrum: the mean and the spectrum of the data, ``data_moments(data, net=net)``. The steps of
-            "dpm-solver++" and "unipc" are then exact for the normal distribution of the data, so that fewer are needed,
-            and the start is drawn from it with noise of the highest of the levels, which may be as low as half a
-            standard deviation of the coarsest structure; see ``scorematch.sampling.normal``. With an observation they
-            are not used: choose higher levels.
+            "dpm-solver++" and "unipc" are then exact for normal data with these moments, and fewer steps are needed.
+            The start is drawn from their normal distribution with noise of the highest level, which may be as low as
+            half a standard deviation of the coarsest structure; see ``scorematch.sampling.normal``. With an observation
+            they are not used: choose higher levels.
 
         Rarely needed:
 
@@ -125,6 +125,11 @@ class ODESampler(Sampler):
         churn_noise: the factor of the added noise, above 0: S_noise.
         **options: the options of every ``Sampler``: ``levels`` (18 by default, if no schedule is given), ``sigma_max``,
             ``sigma_min``, ``denoise``, ``clamp``, ``restore``, ``precision`` and ``compile``.
+
+    Raises:
+        TypeError: if an argument has the wrong type, or an option does not exist.
+        ValueError: if an option has an invalid value or is not for the method, options contradict each other, or a
+            plain function has no schedule.
 
     Example:
         >>> from scorematch import NoiseSchedule

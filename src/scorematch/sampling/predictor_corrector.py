@@ -85,6 +85,10 @@ class PredictorCorrectorSampler(Sampler):
         **options: the options of every ``Sampler``: ``levels``, ``sigma_max``, ``sigma_min``, ``denoise``, ``clamp``,
             ``restore``, ``precision`` and ``compile``.
 
+    Raises:
+        TypeError: if an argument has the wrong type, or an option does not exist.
+        ValueError: if an option has an invalid value, or a plain function has no schedule.
+
     Example:
         >>> from scorematch import NoiseSchedule
         >>> def score(x, sigma):  # the score of a standard normal distribution with added noise

@@ -97,11 +97,11 @@ class Sampler(ABC):
 
         denoise: whether to end with one step of Tweedie's formula at the lowest level.
         clamp: whether to clamp the result to the network's value range, if it has one.
-        restore: the method that makes samples agree with an observation; pass it to a sampler that restores, since
-            the steps of ``ODESampler`` depend on it. "auto", which is also used without it, is "shift", which needs no
-            gradients; for an operator that is not linear it is "guide-jacobian", or "guide" for a
-            score without gradients, and a warning says so. For a network whose condition is the degraded image it is
-            "replace". See ``scorematch.restoration.methods`` for all methods and their costs.
+        restore: the method that makes samples agree with an observation. Pass it to a sampler that restores, since the
+            steps of ``ODESampler`` depend on it. "auto", also used for None, is "shift" for a linear operator or noise
+            with a covariance, and "guide-jacobian" otherwise, or "guide" with a warning for a score without gradients.
+            For a network whose condition is the degraded image it is "replace". See ``scorematch.restoration.methods``
+            for all methods and their costs.
         precision: "auto" calls the network's inference copy, which is faster and gives statistically the same samples;
             a score without an inference copy is called itself. "float32" calls the network itself, with TF32 turned off
             during the call; net must then not be an inference copy.

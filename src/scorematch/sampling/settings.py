@@ -166,12 +166,12 @@ def recommended_sampler(
 
     Args:
         net: a score, usually a ScoreNet.
-        settings: the sampler and its options; None uses the network's own settings, ``net.sampler_settings``, or
+        settings: the sampler and its options. None uses the network's own settings, ``net.sampler_settings``, or
             AnnealedLangevinSampler with its defaults if the network has none; with ``restore`` it is
             ``ODESampler(net, restore=restore)``, unless the network was trained to restore.
-        calls: the largest number of network calls per image, in the range of those of the settings and their
-            alternatives, of which those with the most calls up to this number are used. None uses the settings
-            themselves. With ``restore`` it is any number from 2 on.
+        calls: the largest number of network calls per image: of the settings and their alternatives, those with the
+            most calls up to this number are used. It must be in the range of their calls, or with ``restore`` at least
+            2. None uses the settings themselves.
         restore: the method with which measurements are restored, see ``Sampler``; None draws.
         levels: the number of noise levels, at least 2; None uses that of the settings.
         sigma_max: the highest noise level, in the units of x; None uses that of the settings.

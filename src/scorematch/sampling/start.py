@@ -2,8 +2,8 @@ r"""The start of a run: the checks of the arguments of ``Sampler.sample``, and t
 
 Noise of the highest level, :math:`\sigma z` around the middle m of the value range, is nearly the distribution of the
 state there. Its mean is wrong by the distance from m to the mean of the data, and its variance by that of the data. The
-probability flow keeps both errors, in units of the deviation. A method that gives the mean of the posterior at once
-begins, with one more call of the network, at
+probability flow keeps both errors, in units of the deviation. A restoration method with ``centers = True`` gives the
+mean of the posterior from the first call on. A run with it begins, with one more call of the network, at
 
 .. math:: x = D\Bigl(m + \tfrac12 \sigma z + \tfrac{\sqrt3}{2} \sigma z'\Bigr) + \sigma z .
 
