@@ -115,7 +115,8 @@ class TrainingState:
     """
 
     def __init__(self, net: ScoreNet, settings: Settings) -> None:
-        self.augmentation: AugmentationEmbedding | None = getattr(net.backbone, "augmentation", None)
+        told = getattr(net.backbone, "augmentation", None)  # a backbone of the user's may have another one
+        self.augmentation = told if isinstance(told, AugmentationEmbedding) else None
         named = dict(net.named_parameters())
         narrow = next((p.dtype for p in named.values() if p.dtype not in (torch.float32, torch.float64)), None)
         if narrow is not None:
