@@ -112,6 +112,12 @@ def test_the_network_is_told_what_was_done_to_each_image():
     assert net.backbone.augmentation is None and is_plain(last.state.average(), last.state.average().backbone)
 
 
+def test_the_layer_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    assert not AugmentationEmbedding(VALUES, 8).linear.weight.any()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("family", ["unet", "ncsnpp"])
 def test_a_network_has_the_same_output_before_the_first_step_and_without_a_change(family):
     net = getattr(ScoreNet, family)(1, 8, widths=(12,), layers_per_block=1).eval()  # three channels in a group
