@@ -53,6 +53,13 @@ def whole(tmp_path_factory):
 # -- The larger network
 
 
+def test_growing_leaves_the_generators_of_all_devices_alone(monkeypatch):
+    small, before, seeded = net(), torch.get_rng_state(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    enlarged(small, GROWTH[0].network, seed=1)
+    assert torch.equal(torch.get_rng_state(), before) and not seeded
+
+
 @pytest.mark.slow
 def test_a_network_computes_the_same_function_after_each_growth():
     x, sigma = torch.rand(3, 1, 8, 8, generator=seed(1)), torch.tensor([0.02, 0.3, 5.0])
