@@ -221,11 +221,20 @@ def test_hours_give_as_many_images_as_fit_and_short_runs_have_fewer_stages(tmp_p
         fitted(0.01)
 
 
+def test_all_processes_get_the_length_of_a_run_from_the_first(tmp_path, monkeypatch):
+    """A process that is behind may find the record of the run that the first has just begun."""
+    monkeypatch.setattr(speed, "length_of", lambda folder: (64, 0))
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda found: found.__setitem__(0, (800, 0)))
+    settings = TrainSettings(hours=1, batch_size=8)
+    assert speed.with_images(tmp_path, net(), images(), settings, SimpleNamespace(num_processes=2)).images == 800
+
+
 @pytest.mark.slow
 def test_the_speed_is_measured_in_each_stage():
     before, small = torch.get_rng_state(), image_net(**SMALL, dropout=0.5)
     seconds = speed.seconds_per_image(small, open_images(images()), TrainSettings(**RUN), Accelerator(cpu=True))
     assert len(seconds) == 3 and min(seconds) > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.slow
@@ -234,7 +243,6 @@ def test_the_time_of_the_optimizer_counts_once_for_a_batch(monkeypatch):
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: now.__setitem__(0, now[0] + 4))
     settings = TrainSettings(images=64, batch_size=8)
-    assert torch.equal(torch.get_rng_state(), before)
     for processes in (1, 2):
         accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=processes)
         assert speed.seconds_per_image(net(), open_images(images()), settings, accelerator) == [processes * 4 / 8]

@@ -49,12 +49,9 @@ def with_images(
     from accelerate.utils import broadcast_object_list
 
     assert settings.hours is not None  # noqa: S101
-    before = length_of(Path(folder))
-    if before is None:
-        found = [_fitting(net, data, settings, accelerator)]
-        broadcast_object_list(found)  # of the first process
-        before = found[0]
-    images, later = before
+    found = [length_of(Path(folder)) or _fitting(net, data, settings, accelerator)]
+    broadcast_object_list(found)  # of the first process, which writes the record while others may be behind
+    images, later = found[0]
     growth = [replace(stage, fewest=0) for stage in settings.growth[:later]]
     if images < fewest_steps * settings.batch_size:
         raise ValueError(
