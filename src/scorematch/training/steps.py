@@ -40,7 +40,7 @@ from scorematch.core.messages import quote
 from scorematch.core.precision import autocast
 from scorematch.core.randomness import seed_of
 from scorematch.core.threads import ordered_map
-from scorematch.data.array_data import ArrayData, check_finite
+from scorematch.data.array_data import ArrayData, check_finite, has_sides
 from scorematch.data.images import Data
 from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
@@ -466,7 +466,7 @@ def _batches(
     pinned = accelerator.device.type == "cuda"
     order, generator = Order(len(data), settings.seed), torch.Generator()
     levels, takes = levels_for(net, settings.levels), condition_of_data(net, settings)
-    names, axes = augmentations(net, data, settings.augment), len(data.shape) - 1
+    names, shape, axes = augmentations(net, data, settings.augment), tuple(data.shape), len(data.shape) - 1
 
     def make(first: int) -> _Batch:
         rows = order(first, first + local)
@@ -486,13 +486,12 @@ def _batches(
         flip, drop = torch.stack(chances).unbind(1)
         u, condition = torch.cat([flip[:, None], torch.stack(changes)], 1), given_of(net, condition, settings)
         x, told = augmented(x, names, u), None
-        if takes is not None and takes.channels:
-            condition = map_parts(lambda part: augmented(part, names, u) if part.ndim == x.ndim else part, condition)
+        condition = map_parts(lambda part: augmented(part, names, u) if has_sides(part, shape) else part, condition)
         if numbers:
             a = torch.stack(numbers)
             x, told = nonleaking.changed(to_float(x), a), nonleaking.told(a)
         if takes is not None and condition is not None:
-            check_condition(condition, takes, tuple(data.shape[1:]))
+            check_condition(condition, takes, shape[1:])
             condition = without(condition, takes, drop < settings.label_drop)
         sigma = levels.quantile(uniforms(settings.seed, first, first + local)).to(noise.dtype)
         if pinned:
