@@ -429,6 +429,8 @@ def _backward(
                 state.scaler.scale(each.sum() / n).backward()  # accelerator.backward may divide the loss once more
             losses.append(each.detach())
             sigmas.append(part.sigma)
+    if state.augmentation is not None:  # for calls of the network between two steps, whose images are not changed
+        state.augmentation.c = state.augmentation.c.new_zeros(1, nonleaking.VALUES)
     return torch.cat(losses), torch.cat(sigmas)
 
 
