@@ -333,6 +333,15 @@ def test_dropout_differs_between_microbatches_and_is_equal_in_each_run():
     assert len(one) == 4 and not any(torch.equal(one[0], other) for other in one[1:])
 
 
+def test_tasks_compute_in_float32_at_any_precision():
+    def task(x, generator):
+        return nn.functional.conv2d(x, torch.full((1, 1, 1, 1), 0.3))  # which autocast computes in half precision
+
+    record, net = Recorder(), image_net(condition_channels=1)
+    steps(net, Memory(images()), images=8, batch_size=8, precision="bfloat16", condition=task, loss=record)
+    assert torch.equal(record.all("condition"), task(record.all("x"), None))
+
+
 def test_a_backbone_of_ones_own_may_have_a_module_named_augmentation():
     net, layer = points_net(), nn.Identity()
     net.backbone.augmentation = layer

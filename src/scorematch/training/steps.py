@@ -414,10 +414,10 @@ def _backward(
             if state.augmentation is not None and part.told is not None:
                 state.augmentation.c = part.told
             is_last = begin + size >= n  # processes exchange their gradients once, after the last part
+            condition_seed = seed_of(settings.seed, "condition", part.first)
+            arguments = loss_arguments(settings, part.x, part.condition, condition_seed)  # in float32, as in use
             with nullcontext() if is_last else accelerator.no_sync(model):
                 with autocast(device, settings.precision):
-                    condition_seed = seed_of(settings.seed, "condition", part.first)
-                    arguments = loss_arguments(settings, part.x, part.condition, condition_seed)
                     each = loss(model, part.x, sigma=part.sigma, noise=part.noise, **arguments)
                 if not isinstance(each, Tensor):
                     raise TypeError(f"loss must return a tensor, one value per image, got {quote(each)}.")
