@@ -5,16 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
-from scorematch import ScoreNet
+from scorematch import ScoreNet, dsm_loss
 from scorematch.cli.options.measurements import read_measurements
 from scorematch.core.conditions import Condition
-from scorematch.data import open_arrays
+from scorematch.data import open_arrays, open_images
 from scorematch.data.array_data import find_arrays
 from scorematch.data.moments import moments
 from scorematch.training import Settings, train, train_steps
-from scorematch.training.augment import augmented
+from scorematch.training.augment import augmentations, augmented
 from tests.helpers import seed
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -223,6 +224,25 @@ def test_another_range_is_the_same_network_in_other_units():
     own.value_range = (9e4, 1.1e5)
     assert torch.allclose(own.schedule.sigmas, 2e4 * levels, rtol=1e-6)
     assert torch.allclose(2e4 * own(9e4 + 2e4 * x, 2e4 * sigma), before, rtol=1e-3, atol=1e-3)
+
+
+def test_only_pictures_are_mirrored_by_default():
+    """The mirror image of a field in [0, 1] may not fit the vector that is its condition."""
+    net, x = ScoreNet.unet(1, 8, widths=(4,), condition_features=2), torch.rand(4, 1, 8, 8)
+    assert augmentations(net, open_arrays((x, torch.rand(4, 2))), None) == ()
+    assert augmentations(net, open_images(x), None) == ("flip",)
+
+
+def test_an_image_for_an_encoder_changes_with_the_data():
+    x, encoder = torch.randn(8, 1, 8, 8, generator=seed()), nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    net = ScoreNet.unet(1, 8, widths=(4,), condition_features=2, condition_encoder=encoder)
+
+    def loss(net, x, *, condition, **given):
+        assert torch.equal(condition["features"], -x)
+        return dsm_loss(net, x, condition=condition, reduction="none", **given)
+
+    options = Settings(images=8, batch_size=8, augment=("flip", "rotate", "shift"), loss=loss)
+    assert sum(1 for _ in train_steps(net, open_arrays((x, -x)), options)) == 1
 
 
 def test_augmentations_are_symmetries():

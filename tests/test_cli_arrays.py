@@ -249,6 +249,12 @@ def test_a_network_is_evaluated_with_the_conditions_of_the_reference():
 
 
 @pytest.mark.slow
+def test_a_single_vector_of_large_values_is_shown(tmp_path):
+    save_plot(torch.tensor([[1e6, -3e9]]), tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2,), (2, 16), (1, 8, 8), (2, 4, 8, 6)])
 def test_plots_show_every_kind_of_data(tmp_path, shape):
     save_plot(torch.from_numpy(_data(shape, n=2)), tmp_path / "plot.png")

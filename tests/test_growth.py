@@ -53,6 +53,13 @@ def whole(tmp_path_factory):
 # -- The larger network
 
 
+def test_growing_leaves_the_generators_of_all_devices_alone(monkeypatch):
+    small, before, seeded = net(), torch.get_rng_state(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    enlarged(small, GROWTH[0].network, seed=1)
+    assert torch.equal(torch.get_rng_state(), before) and not seeded
+
+
 @pytest.mark.slow
 def test_a_network_computes_the_same_function_after_each_growth():
     x, sigma = torch.rand(3, 1, 8, 8, generator=seed(1)), torch.tensor([0.02, 0.3, 5.0])
@@ -214,10 +221,20 @@ def test_hours_give_as_many_images_as_fit_and_short_runs_have_fewer_stages(tmp_p
         fitted(0.01)
 
 
+def test_all_processes_get_the_length_of_a_run_from_the_first(tmp_path, monkeypatch):
+    """A process that is behind may find the record of the run that the first has just begun."""
+    monkeypatch.setattr(speed, "length_of", lambda folder: (64, 0))
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda found: found.__setitem__(0, (800, 0)))
+    settings = TrainSettings(hours=1, batch_size=8)
+    assert speed.with_images(tmp_path, net(), images(), settings, SimpleNamespace(num_processes=2)).images == 800
+
+
 @pytest.mark.slow
 def test_the_speed_is_measured_in_each_stage():
-    seconds = speed.seconds_per_image(net(), open_images(images()), TrainSettings(**RUN), Accelerator(cpu=True))
+    before, small = torch.get_rng_state(), image_net(**SMALL, dropout=0.5)
+    seconds = speed.seconds_per_image(small, open_images(images()), TrainSettings(**RUN), Accelerator(cpu=True))
     assert len(seconds) == 3 and min(seconds) > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.slow

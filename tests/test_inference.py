@@ -656,6 +656,16 @@ def test_an_inference_copy_works_in_all_modes_of_torch(name, rng):
             assert torch.equal(made(x.detach(), 0.3, beside), expected)
 
 
+@some_paths
+def test_a_copy_that_is_made_in_inference_mode_has_gradients(name, rng, native):
+    native(torch.bfloat16)
+    with torch.inference_mode():
+        made = shared(name).inference_copy()
+    x = images(2, rng).requires_grad_()
+    made(x, 0.3, condition(name, 2, rng)).sum().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+
+
 def test_copies_of_an_inference_copy():
     made = shared("ncsnv2").inference_copy()
     sampler = AnnealedLangevinSampler(made, SHORT)

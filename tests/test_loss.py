@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.loss import sliced_score_matching_loss
+from scorematch.loss import loss_and_norm, sliced_score_matching_loss
 from tests.helpers import HostReads, NoFloat64, in_threads, seed
 
 LEVELS = NoiseSchedule.geometric(3, 0.05, 8)
@@ -177,6 +177,14 @@ def test_the_loss_in_a_region_ignores_other_values_and_is_scaled_by_its_area(rng
         [z[0, :, :2].square().sum() / 2 * 2, z[1, :, 1, 1].square().sum() / 2 * 16, torch.tensor(0.0)]
     )
     torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_area_of_a_region_is_exact_for_half_precision_data(dtype):
+    """70,001 values are beyond the range of float16, and are rounded in bfloat16."""
+    x = torch.zeros(1, 70_001, dtype=dtype)
+    mask = torch.ones(1, 70_001, dtype=torch.bool)
+    assert float(loss_and_norm(zero, x, sigma=0.5, noise=torch.ones(1, 70_001), mask=mask)[0]) == 1
 
 
 @pytest.mark.slow

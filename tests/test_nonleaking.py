@@ -1,5 +1,6 @@
 """Augmentation of which the network is told."""
 
+import copy
 import math
 
 import pytest
@@ -110,6 +111,20 @@ def test_the_network_is_told_what_was_done_to_each_image():
     assert others.sum() > 10 and (x[others] != originals[others]).flatten(1).any(1).all()
     assert last.state.augmentation.linear.weight.norm() > 0
     assert net.backbone.augmentation is None and is_plain(last.state.average(), last.state.average().backbone)
+
+
+def test_between_two_steps_the_network_is_told_of_no_change():
+    net, x = image_net(), torch.rand(3, 1, 8, 8, generator=seed())
+    for _ in train_steps(net, _data(), Settings(**{**OPTIONS, "images": 16})):
+        plain = copy.deepcopy(net)
+        plain.backbone.augmentation = None
+        assert net.backbone.augmentation.linear.weight.any() and torch.equal(net(x, 0.3), plain(x, 0.3))
+
+
+def test_the_layer_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    assert not AugmentationEmbedding(VALUES, 8).linear.weight.any()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("family", ["unet", "ncsnpp"])

@@ -95,6 +95,13 @@ def test_each_pixel_is_the_weighted_mean_of_its_tiles():
     torch.testing.assert_close(found[..., 4:8], share[4:] * left[..., 4:] + (1 - share[4:]) * right[..., :4])
 
 
+def test_scores_in_half_precision_are_weighted_in_float32():
+    """The largest weight of a tile is 256, and its product with a score of 400 is beyond the range of float16."""
+    x = torch.ones(1, 1, 48, 48, dtype=torch.float16)
+    score = Tiled(lambda x, sigma: torch.full_like(x, -400), 32)(x, 0.05)
+    assert score.dtype == torch.float16 and torch.equal(score, torch.full_like(x, -400))
+
+
 @pytest.mark.parametrize("kind", ["classes", "image"])
 def test_conditions_go_to_the_tiles(kind):
     net = _net(classes=3) if kind == "classes" else _net(condition_channels=2)

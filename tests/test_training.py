@@ -746,6 +746,17 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert checkpoints.latest(tmp_path / "checkpoints").images == 16
 
 
+def test_an_error_of_the_device_is_not_reported_as_a_loss_that_is_not_finite(tmp_path, monkeypatch):
+    """Errors of CUDA are raised where the losses are read."""
+
+    def fail(*arguments, **options):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(Losses, "check", fail)
+    with pytest.raises(RuntimeError, match=r"^CUDA error: an illegal memory access$"):
+        quick(points_net(), points(), tmp_path)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     write, count = checkpoints.write_file, 0
 

@@ -333,6 +333,22 @@ def test_dropout_differs_between_microbatches_and_is_equal_in_each_run():
     assert len(one) == 4 and not any(torch.equal(one[0], other) for other in one[1:])
 
 
+def test_tasks_compute_in_float32_at_any_precision():
+    def task(x, generator):
+        return nn.functional.conv2d(x, torch.full((1, 1, 1, 1), 0.3))  # which autocast computes in half precision
+
+    record, net = Recorder(), image_net(condition_channels=1)
+    steps(net, Memory(images()), images=8, batch_size=8, precision="bfloat16", condition=task, loss=record)
+    assert torch.equal(record.all("condition"), task(record.all("x"), None))
+
+
+def test_a_backbone_of_ones_own_may_have_a_module_named_augmentation():
+    net, layer = points_net(), nn.Identity()
+    net.backbone.augmentation = layer
+    steps(net, points(16), images=16, batch_size=8)
+    assert net.backbone.augmentation is layer
+
+
 @pytest.mark.slow
 def test_global_generators_are_left_alone():
     torch.manual_seed(3), random.seed(3), np.random.seed(3)

@@ -303,7 +303,7 @@ def _weights_in(mask: Tensor, x: Tensor) -> Tensor:
     """The weight of each value of x: 0 outside the mask, D / (number of values in the mask) inside."""
     mask = as_mask(mask, x)
     size = mask.flatten(1).sum(1).clamp(min=1)  # at least 1, so that an empty mask gives zero and not NaN
-    return mask * per_image(x[0].numel() / size.to(x.dtype), x)
+    return mask * per_image(x[0].numel() / size.to(torch.promote_types(x.dtype, torch.float32)), x)
 
 
 # -- The units --------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def _points(figure: Any, x: np.ndarray) -> None:
     for i, row in enumerate(axes):
         for k, axis in enumerate(row):
             if i == k:
-                axis.hist(x[:, i], 50)
+                axis.hist(x[:, i].astype(np.float64), 50)  # whose bins are narrow enough for large values
                 axis.set_xlabel(f"value {i}")
             else:
                 axis.plot(x[:, k], x[:, i], ".", markersize=2)

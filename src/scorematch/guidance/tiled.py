@@ -126,8 +126,10 @@ class Tiled(DerivedScore):
         sides = self._sides(x)
         tiles: list[Any] = [(..., *tile) for tile in itertools.product(*map(self._along, x.shape[2:], sides))]
         given = as_condition(condition, x, self.conditioning)
-        weight = _weight(sides).to(x)
-        total, sums = torch.zeros_like(x[:1, :1]), [torch.zeros_like(x) for _ in range(1 + variance)]
+        wide = torch.promote_types(x.dtype, torch.float32)  # weighted scores exceed the range of float16
+        weight = _weight(sides).to(x.device, wide)
+        total = torch.zeros_like(x[:1, :1], dtype=wide)
+        sums = [torch.zeros_like(x, dtype=wide) for _ in range(1 + variance)]
         gradient = x.requires_grad and torch.is_grad_enabled()
         values = _WITH_GRADIENT if gradient else _VALUES
         batch = max(1, values // (x.shape[1] * weight.numel())) if self.batch_size is None else self.batch_size
@@ -146,7 +148,7 @@ class Tiled(DerivedScore):
                     each[tile] += weight * part
             for tile in some:
                 total[tile] += weight
-        return tuple(each / total for each in sums)
+        return tuple((each / total).to(x.dtype) for each in sums)
 
 
 def _weight(sides: Sequence[int]) -> Tensor:

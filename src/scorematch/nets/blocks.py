@@ -418,7 +418,7 @@ class AugmentationEmbedding(nn.Module):
 
     def __init__(self, values: int, width: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(values, width, bias=False)
+        self.linear = nn.utils.skip_init(nn.Linear, values, width, bias=False)  # which draws no random numbers
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, embedding: Tensor) -> Tensor:  # noqa: D102

@@ -199,6 +199,7 @@ def part_size(width: int, x: Tensor) -> int:
     return len(x) if x.device.type != "cpu" else max(1, _PART_VALUES // (width * x.shape[2:].numel()))
 
 
+@torch.inference_mode(False)  # a copy that is made in inference mode can be differentiated later
 def copy_for_inference(
     family: Family[Any],
     backbone: nn.Module,

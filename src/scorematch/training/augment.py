@@ -40,7 +40,8 @@ def augmentations(net: ScoreNet, data: Data, asked: Sequence[str] | None) -> tup
         ValueError: if the data do not have the axes, or the network cannot be told of the changes.
     """
     if asked is None:
-        return ("flip",) if is_picture(data.shape) and net.units is None else ()
+        pictures = is_picture(data.shape) and not isinstance(data, ArrayData)
+        return ("flip",) if pictures and net.units is None else ()
     sides = data.shape[1:]
     for name in asked:
         if not sides or (name == "rotate" and (len(sides) < 2 or sides[-1] != sides[-2])):

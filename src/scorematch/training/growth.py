@@ -114,8 +114,8 @@ def enlarged(net: ScoreNet, changes: Mapping[str, Any], seed: int = 0) -> ScoreN
             "must stay as it is or become larger, pixel_channels up to 64."
         )
     keys = {key: value for key, value in architecture(config).items() if key != "family"}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # and not those of other devices
         backbone = family.build(keys, levels=len(net.schedule), precondition=net.precondition)
     weights = family.grow(net.backbone, backbone)
     dtype = next(net.parameters()).dtype

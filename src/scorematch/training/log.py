@@ -35,6 +35,10 @@ _LINE: Mapping[str, Field] = {  # the values of a line of the log that are read 
 }
 
 
+class DivergedError(RuntimeError):
+    """A loss or a weight of a training is NaN or infinite."""
+
+
 # -- The losses of a run ----------------------------------------------------------------------------------------------
 
 
@@ -84,7 +88,7 @@ class Losses:
             wait: whether to evaluate the newer losses too, which synchronizes with the device.
 
         Raises:
-            RuntimeError: if a loss was NaN or infinite; the message names the step and the noise level.
+            DivergedError: if a loss was NaN or infinite; the message names the step and the noise level.
         """
         self._receive()
         if self._waiting:
@@ -119,7 +123,7 @@ class Losses:
         if len(wrong):
             k, process, i = (int(index) for index in wrong[0])
             step, images = steps[k]
-            raise RuntimeError(
+            raise DivergedError(
                 f"the loss became {losses[k, process, i]} at step {step} (image {images:,}), at noise level "
                 f"{sigma[k, process, i]:.3g}."
             )

@@ -50,7 +50,7 @@ from scorematch.training.checks import check_network, check_stages
 from scorematch.training.ema import SNAPSHOTS
 from scorematch.training.growth import enlarged
 from scorematch.training.levels import levels_for
-from scorematch.training.log import BINS, CHECK_EVERY, Log, Losses, figures
+from scorematch.training.log import BINS, CHECK_EVERY, DivergedError, Log, Losses, figures
 from scorematch.training.record import FOLDERS, check_files, network_of, write_config
 from scorematch.training.report import read_examples, sample_interval, save_samples, write_report
 from scorematch.training.sampler import take_sampler
@@ -406,8 +406,8 @@ class _Run:
             self.losses.check(asked, late, wait=wait)
             if wait:
                 check_weights(self.state)
-        except RuntimeError as error:
-            raise RuntimeError(
+        except DivergedError as error:
+            raise DivergedError(
                 f"{error} The last checkpoint in {self.folder} is at image {self.saved:,}. Start again in another "
                 "folder with a lower lr."
             ) from error
@@ -490,9 +490,9 @@ def check_weights(state: TrainingState) -> None:
     """Checks that all weights are finite.
 
     Raises:
-        RuntimeError: if a weight is NaN or infinite; the message names it.
+        DivergedError: if a weight is NaN or infinite; the message names it.
     """
     largest = torch.stack([norm.float() for norm in torch._foreach_norm(list[Tensor](state.parameters), math.inf)])
     if not bool(largest.isfinite().all()):
         name = state.names[int((~largest.isfinite()).nonzero()[0])]
-        raise RuntimeError(f"the weight {name} is NaN or infinite at step {state.step} (image {state.images:,}).")
+        raise DivergedError(f"the weight {name} is NaN or infinite at step {state.step} (image {state.images:,}).")

@@ -19,6 +19,7 @@ from scorematch.data.images import Data
 from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
 from scorematch.score import ScoreNet
+from scorematch.training.accelerator import global_generators
 from scorematch.training.checks import given_of
 from scorematch.training.growth import Stage, enlarged, parts
 from scorematch.training.record import length_of
@@ -48,12 +49,9 @@ def with_images(
     from accelerate.utils import broadcast_object_list
 
     assert settings.hours is not None  # noqa: S101
-    before = length_of(Path(folder))
-    if before is None:
-        found = [_fitting(net, data, settings, accelerator)]
-        broadcast_object_list(found)  # of the first process
-        before = found[0]
-    images, later = before
+    found = [length_of(Path(folder)) or _fitting(net, data, settings, accelerator)]
+    broadcast_object_list(found)  # of the first process, which writes the record while others may be behind
+    images, later = found[0]
     growth = [replace(stage, fewest=0) for stage in settings.growth[:later]]
     if images < fewest_steps * settings.batch_size:
         raise ValueError(
@@ -87,10 +85,11 @@ def seconds_per_image(net: ScoreNet, data: Data, settings: TrainSettings, accele
     On a CPU the forward and the backward pass are measured on a part of the batch.
     """
     measured = []
-    for number, own in enumerate(settings.stages()):
-        net = enlarged(net, settings.growth[number - 1].network).to(accelerator.device) if number else net
-        update = _update_seconds(net, own) * accelerator.num_processes / own.batch_size
-        measured.append(_gradient_seconds(net, data, own, accelerator) + update)
+    with global_generators(accelerator.device):  # dropout draws from them
+        for number, own in enumerate(settings.stages()):
+            net = enlarged(net, settings.growth[number - 1].network).to(accelerator.device) if number else net
+            update = _update_seconds(net, own) * accelerator.num_processes / own.batch_size
+            measured.append(_gradient_seconds(net, data, own, accelerator) + update)
     return measured
 
 

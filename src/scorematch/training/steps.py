@@ -40,7 +40,7 @@ from scorematch.core.messages import quote
 from scorematch.core.precision import autocast
 from scorematch.core.randomness import seed_of
 from scorematch.core.threads import ordered_map
-from scorematch.data.array_data import ArrayData, check_finite
+from scorematch.data.array_data import ArrayData, check_finite, has_sides
 from scorematch.data.images import Data
 from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
@@ -115,7 +115,8 @@ class TrainingState:
     """
 
     def __init__(self, net: ScoreNet, settings: Settings) -> None:
-        self.augmentation: AugmentationEmbedding | None = getattr(net.backbone, "augmentation", None)
+        told = getattr(net.backbone, "augmentation", None)  # a backbone of the user's may have another one
+        self.augmentation = told if isinstance(told, AugmentationEmbedding) else None
         named = dict(net.named_parameters())
         narrow = next((p.dtype for p in named.values() if p.dtype not in (torch.float32, torch.float64)), None)
         if narrow is not None:
@@ -413,10 +414,10 @@ def _backward(
             if state.augmentation is not None and part.told is not None:
                 state.augmentation.c = part.told
             is_last = begin + size >= n  # processes exchange their gradients once, after the last part
+            condition_seed = seed_of(settings.seed, "condition", part.first)
+            arguments = loss_arguments(settings, part.x, part.condition, condition_seed)  # in float32, as in use
             with nullcontext() if is_last else accelerator.no_sync(model):
                 with autocast(device, settings.precision):
-                    condition_seed = seed_of(settings.seed, "condition", part.first)
-                    arguments = loss_arguments(settings, part.x, part.condition, condition_seed)
                     each = loss(model, part.x, sigma=part.sigma, noise=part.noise, **arguments)
                 if not isinstance(each, Tensor):
                     raise TypeError(f"loss must return a tensor, one value per image, got {quote(each)}.")
@@ -428,6 +429,8 @@ def _backward(
                 state.scaler.scale(each.sum() / n).backward()  # accelerator.backward may divide the loss once more
             losses.append(each.detach())
             sigmas.append(part.sigma)
+    if state.augmentation is not None:  # for calls of the network between two steps, whose images are not changed
+        state.augmentation.c = state.augmentation.c.new_zeros(1, nonleaking.VALUES)
     return torch.cat(losses), torch.cat(sigmas)
 
 
@@ -465,7 +468,7 @@ def _batches(
     pinned = accelerator.device.type == "cuda"
     order, generator = Order(len(data), settings.seed), torch.Generator()
     levels, takes = levels_for(net, settings.levels), condition_of_data(net, settings)
-    names, axes = augmentations(net, data, settings.augment), len(data.shape) - 1
+    names, shape, axes = augmentations(net, data, settings.augment), tuple(data.shape), len(data.shape) - 1
 
     def make(first: int) -> _Batch:
         rows = order(first, first + local)
@@ -485,13 +488,12 @@ def _batches(
         flip, drop = torch.stack(chances).unbind(1)
         u, condition = torch.cat([flip[:, None], torch.stack(changes)], 1), given_of(net, condition, settings)
         x, told = augmented(x, names, u), None
-        if takes is not None and takes.channels:
-            condition = map_parts(lambda part: augmented(part, names, u) if part.ndim == x.ndim else part, condition)
+        condition = map_parts(lambda part: augmented(part, names, u) if has_sides(part, shape) else part, condition)
         if numbers:
             a = torch.stack(numbers)
             x, told = nonleaking.changed(to_float(x), a), nonleaking.told(a)
         if takes is not None and condition is not None:
-            check_condition(condition, takes, tuple(data.shape[1:]))
+            check_condition(condition, takes, shape[1:])
             condition = without(condition, takes, drop < settings.label_drop)
         sigma = levels.quantile(uniforms(settings.seed, first, first + local)).to(noise.dtype)
         if pinned:
