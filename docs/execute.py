@@ -5,10 +5,13 @@ Warnings, progress bars and times are not stored. Images of a data set must not 
 """
 
 import sys
+from base64 import b64decode, b64encode
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 
 def execute(path: Path) -> None:
@@ -19,7 +22,19 @@ def execute(path: Path) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for data in (output["data"] for output in cell.outputs if "image/png" in output.get("data", {})):
+                data["image/png"] = _compressed(data["image/png"])
     nbformat.write(notebook, path)
+
+
+def _compressed(picture: str) -> str:
+    """The same picture as a smaller file."""
+    image = Image.open(BytesIO(b64decode(picture)))
+    if image.mode == "RGBA" and image.getextrema()[3] == (255, 255):
+        image = image.convert("RGB")
+    file = BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return b64encode(file.getvalue()).decode()
 
 
 if __name__ == "__main__":
