@@ -342,7 +342,7 @@ def test_arrays_of_groups_have_paths(file, tmp_path):
     group = root.create_group("run").create_group("first")
     group["x"], group["c"] = x, condition
     if file == "x.h5":
-        root["broken"] = h5py.SoftLink("/nothing")
+        root["broken"], group["root"] = h5py.SoftLink("/nothing"), h5py.SoftLink("/")
         root.close()
     data = open_arrays(tmp_path / file, key="run/first/x", condition_key="run/first/c")
     assert (len(data), data.shape, data.features) == (24, (2, 12), 3)

@@ -466,15 +466,18 @@ def _zarr(path: Path) -> Any:
     return opened if _is_array(opened) else _arrays(opened)
 
 
-def _arrays(group: Any, prefix: str = "") -> dict[str, Any]:
-    """The arrays of HDF5 or zarr by their names, those of a group as "group/x"."""
+def _arrays(group: Any, prefix: str = "", above: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """The arrays of HDF5 or zarr by their names, those of a group as "group/x".
+
+    A link of HDF5 to one of the groups ``above``, in which the group is, is left out.
+    """
     found: dict[str, Any] = {}
     for name in group:
         each = group.get(name)  # None for a link to nothing
         if _is_array(each):
             found[prefix + name] = each
-        elif hasattr(each, "keys"):
-            found |= _arrays(each, f"{prefix}{name}/")
+        elif hasattr(each, "keys") and each not in (*above, group):
+            found |= _arrays(each, f"{prefix}{name}/", (*above, group))
     return found
 
 
