@@ -166,6 +166,7 @@ def test_growing_announces_its_stages(faces, tmp_path, calls, monkeypatch, capsy
         monkeypatch.setattr(module, "seconds_per_image", seconds)
     growing = ["train", str(faces), "--recipe", "growing", "--batch-size", "8", "--device", "cpu", "--quiet"]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)  # a batch of 8 is divided among 4 processes
+    monkeypatch.setattr(command, "_PART", 2)
     assert main([*growing, "--out", str(tmp_path), "--hours", "8"]) == 0
     printed = capsys.readouterr().out
     assert "training  1,280,000 images in 160,000 steps of 8, " in printed

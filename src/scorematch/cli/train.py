@@ -45,7 +45,8 @@ from scorematch.training.units import take_units
 
 _DEFAULT = "small-64"
 _DEFAULTS = {"label_drop": "0.1 with --labels"}  # of options that are not those of train
-_LONG = 600  # seconds, from which on the start of more processes pays
+_LONG = 600  # seconds of a run for which several processes are proposed
+_PART = 8  # images of a batch that each of them has at least
 _SAMPLES = 64  # to compare with the pictures of a small folder
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
 _SIDES = {
@@ -533,7 +534,8 @@ def _announce(
     where = str(device) if processes == 1 else f"{processes} x {device.type}"
     speed = 1 / mean_seconds(seconds, settings.growth)
     print(f"time      about {duration(remaining)} on {where}, {speed:.3g} images/s")
-    most = max(n for n in range(1, torch.get_num_threads() + 1) if settings.batch_size % n == 0)
+    parts = range(1, min(torch.get_num_threads(), settings.batch_size // _PART) + 1)
+    most = max((n for n in parts if settings.batch_size % n == 0), default=1)
     if device.type == "cpu" and processes == 1 < most and remaining > _LONG:
         print(f"          {most} processes may be faster: torchrun --nproc-per-node {most} -m scorematch train ...")
     expected = expectation(settings.total, 1 / speed, data.shape, settings.start)

@@ -114,7 +114,7 @@ def _svd(n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
 def _on(device: torch.device, dtype: torch.dtype, n: int, m: int) -> Tensor:
     """The weights on a device, to which they are not copied in every call."""
     with torch.inference_mode(False):
-        return weights(n, m).to(device, dtype)
+        return weights(n, m).to(dtype).to(device)  # which may not have float64
 
 
 @functools.lru_cache(maxsize=16)
