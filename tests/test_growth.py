@@ -60,6 +60,15 @@ def test_growing_leaves_the_generators_of_all_devices_alone(monkeypatch):
     assert torch.equal(torch.get_rng_state(), before) and not seeded
 
 
+def test_a_network_in_float64_computes_the_same_function_after_a_growth():
+    x, small = torch.rand(3, 1, 8, 8, generator=seed(1), dtype=torch.float64), net().double()
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=seed(2), dtype=torch.float64)
+    large = enlarged(small, GROWTH[0].network, 3)
+    torch.testing.assert_close(large(x, 0.3), small(x, 0.3), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.slow
 def test_a_network_computes_the_same_function_after_each_growth():
     x, sigma = torch.rand(3, 1, 8, 8, generator=seed(1)), torch.tensor([0.02, 0.3, 5.0])

@@ -117,6 +117,8 @@ def enlarged(net: ScoreNet, changes: Mapping[str, Any], seed: int = 0) -> ScoreN
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # and not those of other devices
         backbone = family.build(keys, levels=len(net.schedule), precondition=net.precondition)
-    weights = family.grow(net.backbone, backbone)
     dtype = next(net.parameters()).dtype
-    return ScoreNet.from_stored(Stored(config, weights, "the larger network")).to(dtype)
+    weights = family.grow(net.backbone, backbone.to(dtype))
+    larger = ScoreNet.from_stored(Stored(config, dict(weights), "the larger network")).to(dtype)
+    larger.backbone.load_state_dict(weights)  # from_stored rounds to float32
+    return larger
