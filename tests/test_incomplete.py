@@ -269,6 +269,13 @@ def test_the_error_of_the_prediction_is_that_of_the_exact_posterior_mean(tmp_pat
     assert deviation < 0.08 * expected
 
 
+@pytest.mark.parametrize("seed_of_run", range(4))
+def test_at_least_one_value_of_a_single_held_out_item_is_predicted(tmp_path, seed_of_run):
+    stages = _stages(tmp_path, _net(), _holes(8), held_out=1, batch_size=2, seed=seed_of_run)
+    stages.gaussian = fit_gaussian(stages.observation, _generator())
+    assert stages._error(0)[0] >= 0  # not NaN
+
+
 # -- What is refused --------------------------------------------------------------------------------------------------
 
 

@@ -410,8 +410,9 @@ class _Stages:
     def _error(self, stage: int) -> tuple[float, float]:
         """The root mean squared error of the prediction of hidden values, divided by s, and its standard error."""
         items = self.held_out
-        hidden = torch.rand(items.y.shape, generator=self._generator("hidden")) < _HIDDEN
-        hidden &= items.observed(torch.ones_like(items.y)) > 0
+        seen = items.observed(torch.ones_like(items.y)) > 0
+        u = torch.rand(items.y.shape, generator=self._generator("hidden")).masked_fill(~seen, 1)
+        hidden = seen & (u <= u.min().clamp(min=_HIDDEN))  # at least one value
         rest = Observation(Mask(~hidden) @ items.operator, items.y, items.sigma).of_shape(self.shape)
         prior, size = self._prior(stage), self.settings.draw_batch
         residuals, scale = [], self.gaussian.scale_of_sample
