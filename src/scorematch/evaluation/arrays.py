@@ -25,6 +25,7 @@ from scorematch.core.derived import Isotropic
 from scorematch.core.files import write_whole
 from scorematch.core.processes import gathered
 from scorematch.core.randomness import seed_of
+from scorematch.core.records import hash_of, hash_of_bytes
 from scorematch.core.scores import attribute
 from scorematch.data.array_data import ArrayData, check_finite, find_arrays
 from scorematch.data.moments import Sums, batches_of, step_of
@@ -89,9 +90,11 @@ class ArrayEvaluator:
             check_choice("each of metrics", each, METRICS)
         self.data, self._named = data, metrics is not None
         self.metrics = default_metrics("arrays") if metrics is None else tuple(metrics)
-        found = Sums("the reference", "channel")
+        found, parts = Sums("the reference", "channel"), [data.fingerprint]
         for batch in batches_of(data):
             found.add(batch)
+            parts.append(hash_of_bytes(batch.contiguous().numpy().data))
+        self._content = hash_of(parts)  # the fingerprint of data that are not in memory does not have all values
         varies, shape = found.low < found.high, (-1, *[1] * (len(data.shape) - 1))
         if not bool(varies.any()):
             raise ValueError("the reference is constant. Pass data that vary.")
@@ -114,8 +117,10 @@ class ArrayEvaluator:
             The metrics that will be left out, with the reasons.
 
         Raises:
-            ValueError: if the data have another shape, or a named metric cannot be measured.
+            ValueError: if n is below 2, the data have another shape, or a named metric cannot be measured.
         """
+        if n < 2:
+            raise ValueError(f"the metrics need at least 2 samples, got {n}.")
         self._check_shape(shape)
         left_out = self._lacking(n)
         for each, reason in left_out.items() if self._named else ():
@@ -179,7 +184,7 @@ class ArrayEvaluator:
     def settings(self) -> dict[str, Any]:
         """What determines the figures of given sets, as plain values for JSON."""
         named = {"name": VALUES, "fingerprint": _FLAT.fingerprint, "preprocessing": _FLAT.preprocessing}
-        reference = {"n": len(self.data), "content": self.data.fingerprint}
+        reference = {"n": len(self.data), "content": self._content}
         metrics = {name: METRICS[name].settings for name in self.metrics}
         return {"reference": reference, "features": [named], "metrics": metrics}
 

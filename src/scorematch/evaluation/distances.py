@@ -104,11 +104,11 @@ def wasserstein(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         potential :math:`\int_{x_i}^\infty \mathrm{sign}(F - G)\, dt` (n, L), and minus that of the y (m, L).
     """
     values, order = torch.cat([x, y]).sort(0)
-    masses = torch.where(order < len(x), x.new_tensor(1 / len(x)), x.new_tensor(-1 / len(y)))
+    masses = torch.where(order < len(x), len(y), -len(x))  # times n m, so that equal ones cancel without rounding
     difference, gaps = masses.cumsum(0)[:-1], values.diff(dim=0)
     slopes = torch.cat([difference.sign() * gaps, torch.zeros_like(values[:1])])
     potential = torch.empty_like(values).scatter_(0, order, slopes.flip(0).cumsum(0).flip(0))
-    return (difference.abs() * gaps).sum(0), potential[: len(x)], -potential[len(x) :]
+    return (difference.abs() * gaps).sum(0) / (len(x) * len(y)), potential[: len(x)], -potential[len(x) :]
 
 
 def _centered(features: Features, reference: Features) -> tuple[Tensor, Tensor]:

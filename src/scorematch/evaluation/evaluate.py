@@ -375,16 +375,17 @@ def _evaluate_arrays(
     """The evaluation of data that are not pictures."""
     evaluator = ArrayEvaluator(data, [metrics] if isinstance(metrics, str) else metrics)
     left_out = evaluator.check(subject.n, subject.shape)
+    others = None if held_out is None else some_values_of(open_arrays(held_out), subject.n, seed)
+    known = None if others is None else (len(others), evaluator.measure(others))  # before samples are drawn
     with process_group(subject.device):
         samples = gathered_values(shown(subject.batches(), subject.n, "samples", progress))
     settings: dict[str, Any] = {"samples": subject.settings, **evaluator.settings(), "seed": seed}
     columns: dict[str, Callable[[], tuple[int, dict[str, Estimate]]]] = {
         SAMPLES: lambda: (len(samples), evaluator.measure(samples))
     }
-    if held_out is not None:
-        others = some_values_of(open_arrays(held_out), len(samples), seed)
+    if others is not None and known is not None:
         settings["held_out"] = {"n": len(others), "content": hash_of_bytes(others.numpy().data)}
-        columns[HELD_OUT] = lambda: (len(others), evaluator.measure(others))
+        columns[HELD_OUT] = lambda: known
     columns[FLOOR] = lambda: evaluator.floor(len(samples), seed)
     if gaussian:
         columns[GAUSSIAN] = lambda: (len(samples), evaluator.gaussian(len(samples), seed))

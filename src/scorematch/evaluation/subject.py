@@ -89,7 +89,7 @@ def subject_of(
         )
     stored = samples_in(what)
     if stored is not None:
-        return _of_samples(name, Path(what), stored, n)
+        return _of_samples(name, Path(what), stored, n, pictures)
     data = open_images(what, crop=None, strict=strict, progress=progress) if pictures else open_arrays(what)
     return _of_images(name, data, n, options, pictures)
 
@@ -198,12 +198,12 @@ def samples_in(what: Any) -> dict[str, Any] | None:
         return None
 
 
-def _of_samples(name: str, folder: Path, stored: dict[str, Any], n: int | None) -> Subject:
-    n = stored["n"] if n is None else n
+def _of_samples(name: str, folder: Path, stored: dict[str, Any], n: int | None, pictures: bool) -> Subject:
+    n, shape = stored["n"] if n is None else n, tuple(stored["settings"]["shape"])
     return Subject(
         name,
         n,
-        _checked_shape(stored["settings"]["shape"], name),
+        _checked_shape(shape, name) if pictures else shape,
         True,
         lambda: _stored_batches(folder, n),
         lambda few: read_samples(folder, few),
