@@ -24,7 +24,7 @@ from scorematch.core.charts import Curve, chart
 from scorematch.core.derived import Isotropic
 from scorematch.core.files import write_whole
 from scorematch.core.processes import gathered
-from scorematch.core.randomness import seed_of
+from scorematch.core.randomness import seed_of, standard_normal
 from scorematch.core.records import hash_of, hash_of_bytes
 from scorematch.core.scores import attribute
 from scorematch.data.array_data import ArrayData, check_finite, find_arrays
@@ -164,8 +164,8 @@ class ArrayEvaluator:
         generator = torch.Generator().manual_seed(seed_of(seed, "gaussian"))
         mean = self.reference.flatten(1).mean(0)
         rows = self.reference.flatten(1) - mean
-        sizes = [len(part) for part in torch.arange(n).split(_AT_ONCE)]
-        weights = (torch.randn(size, len(rows), generator=generator, device="cpu") for size in sizes)
+        sizes = [len(part) for part in torch.arange(n, device="cpu").split(_AT_ONCE)]
+        weights = (standard_normal((size, len(rows)), generator, mean.device) for size in sizes)
         drawn = [mean + each @ rows / (len(rows) - 1) ** 0.5 for each in weights]
         return self._measure(torch.cat(drawn).view(n, *self.reference.shape[1:]), self.reference)
 

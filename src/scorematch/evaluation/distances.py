@@ -59,7 +59,8 @@ def maximum_mean_discrepancy(features: Features, reference: Features) -> Estimat
     """
     x, y = _centered(features, reference)
     some = random_rows(y, min(len(y), _MEDIAN_OF))
-    squares = squared_distances(some, some)[torch.ones(len(some), len(some)).triu(1) > 0]
+    squares = squared_distances(some, some)
+    squares = squares[torch.ones_like(squares).triu(1) > 0]
     twice = 2 * (float(squares.median()) or float(squares.mean()) or 1.0)  # more than half of the pairs may be equal
 
     def others(a: Tensor) -> Tensor:

@@ -162,6 +162,6 @@ def _lowest(net: ScoreNet | GuidedScore) -> float:
 def _in_turn(net: ScoreNet | GuidedScore, condition: Given, n: int) -> Given:
     """The given conditions, or the classes of a network, in turn (n, ...); None if it has no classes."""
     if (count := length(condition)) is not None:
-        return rows_of(condition, torch.arange(n) % count)
+        return rows_of(condition, torch.arange(n, device="cpu") % count)
     classes = None if net.conditioning is None else net.conditioning.classes
-    return None if classes is None else {"class": torch.arange(n) % classes}
+    return None if classes is None else {"class": torch.arange(n, device="cpu") % classes}

@@ -180,7 +180,7 @@ def conditions_of(data: ArrayData, net: Any, n: int, seed: int, classes: Classes
     if takes is None or not (takes.vector or takes.channels):
         return None
     order = choose(len(data), min(n, len(data)), seed)
-    parts = named_parts(data.read(order[torch.arange(n) % len(order)])[1], takes)
+    parts = named_parts(data.read(order[torch.arange(n, device="cpu") % len(order)])[1], takes)
     kept = set(takes.parts()) - ({"class"} if classes is not None else set())
     found = {name: part for name, part in parts.items() if name in kept}
     return found or None if len(takes.parts()) > 1 else next(iter(found.values()), None)
