@@ -128,6 +128,8 @@ def test_evaluate_a_network(folder, tmp_path, capsys):
     assert len(list((tmp_path / "cache").iterdir())) == 1
     assert _run("evaluate", folder / "network", folder / "real.npz", *options, *held_out) == 0
     assert "s for 6 images" not in capsys.readouterr().out  # they exist
+    about = json.loads((out / "samples" / "samples.json").read_text())["about"]
+    assert about == {"network": str(folder / "network")}
 
 
 @pytest.mark.slow

@@ -483,6 +483,7 @@ def test_evaluation_does_not_depend_on_the_default_device(tmp_path):
     assert restored.figures["restored"]["restoration"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("meta_by_default")
 def test_the_evaluation_of_arrays_and_signals_does_not_depend_on_the_default_device_and_dtype(monkeypatch):
     monkeypatch.setattr(few_calls, "_PATHS", 2)

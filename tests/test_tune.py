@@ -298,6 +298,7 @@ def test_the_best_settings_of_restorations(restorer, tmp_path, by):
         run(restorer, COLORED, operators="gray", by=by, out=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_card_has_the_number_of_restorations(restorer, tmp_path):
     run(restorer, COLORED, operators="gray", settings=SETTINGS[:1], n=1000, out=tmp_path)
     assert "Measured with `scorematch tune` on 8 images for each row" in (tmp_path / "README.md").read_text()

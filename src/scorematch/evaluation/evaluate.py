@@ -302,9 +302,9 @@ def evaluate(
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
     options["condition"] = condition
     if arrays is not None:
-        subject = subject_of(what, n, sampler, options, None, device, strict, progress, arrays=arrays)
-        return _evaluate_arrays(subject, arrays, metrics, held_out, gaussian, seed, folder, name, progress)
-    subject = subject_of(what, n, sampler, options, folder, device, strict, progress)
+        subject = subject_of(what, name, n, sampler, options, None, device, strict, progress, arrays=arrays)
+        return _evaluate_arrays(subject, arrays, metrics, held_out, gaussian, seed, folder, progress)
+    subject = subject_of(what, name, n, sampler, options, folder, device, strict, progress)
     device = local_device(subject.device if device is None else device)
     # Without a size in pixels, "center" would crop to a square.
     whole = crop == "center" and not subject.is_network and subject.shape[1] != subject.shape[2]
@@ -345,7 +345,7 @@ def evaluate(
             every, sizes[REFERENCE] = torch.arange(len(data), device="cpu"), len(data)
             figures[REFERENCE] = {IMAGES: image_figures(read_batches(data, every, batch_size))}
         result = Evaluation(
-            name=subject.name if name is None else name,
+            name=subject.name,
             settings=as_stored(settings),
             versions=versions(device),
             sizes=sizes,
@@ -369,7 +369,6 @@ def _evaluate_arrays(
     gaussian: bool,
     seed: int,
     folder: Path | None,
-    name: str | None,
     progress: bool,
 ) -> Evaluation:
     """The evaluation of data that are not pictures."""
@@ -392,7 +391,7 @@ def _evaluate_arrays(
     hidden = not progress or this_process().rank > 0
     found = {column: of() for column, of in tqdm(columns.items(), "metrics", leave=False, unit="set", disable=hidden)}
     result = Evaluation(
-        name=subject.name if name is None else name,
+        name=subject.name,
         settings=as_stored(settings),
         versions=versions(subject.device),
         sizes={column: size for column, (size, _) in found.items()},

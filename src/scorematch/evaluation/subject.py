@@ -62,6 +62,7 @@ class Subject(NamedTuple):
 
 def subject_of(
     what: Any,
+    name: str | None,
     n: int | None,
     sampler: SamplerChoice,
     options: dict[str, Any],
@@ -78,11 +79,11 @@ def subject_of(
     are given.
     """
     pictures = arrays is None
-    name = name_of(what)
+    name = name_of(what) if name is None else name
     if is_network(what):
         drawn = sampler_for(what, sampler, device)
         return _of_sampler(name, drawn, DEFAULT_N if n is None else n, options, out, progress, arrays)
-    if sampler is not None or any(options[name] is not None for name in ("classes", "n_classes", "condition")):
+    if sampler is not None or any(options[each] is not None for each in ("classes", "n_classes", "condition")):
         raise ValueError(
             "sampler, classes, n_classes and condition apply to networks, but the argument `what` is a set of images. "
             "Leave them out."
