@@ -61,11 +61,6 @@ def reference_arrays(reference: Any, what: Any = None, *, named: bool = False) -
     return None if max(float(batch.abs().max()) for batch in batches_of(data)) <= 1 else data
 
 
-def values_of(data: ArrayData) -> Tensor:
-    """All samples (N, C, ...), float32."""
-    return data.read(range(len(data)))[0]
-
-
 def some_values_of(data: ArrayData, n: int, seed: int) -> Tensor:
     """At most n random samples (m, C, ...), float32, in their order."""
     return data.read(choose(len(data), min(n, len(data)), seed).sort().values)[0]

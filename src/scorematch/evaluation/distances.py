@@ -46,7 +46,7 @@ def energy_distance(features: Features, reference: Features) -> Estimate:
         Székely & Rizzo, 2013, Eq. 5.
     """
     x, y = _centered(features, reference)
-    xx, xy, yx, yy = (_mean_over(Tensor.sqrt, a, b) for a, b in ((x, x), (x, y), (y, x), (y, y)))
+    xx, xy, yx, yy = (mean_over(Tensor.sqrt, a, b) for a, b in ((x, x), (x, y), (y, x), (y, y)))
     square = float(2 * xy.mean() - xx.mean() - yy.mean())
     return root_of(Estimate(max(0.0, square), 2 * error_of(xy - xx, yx - yy)))
 
@@ -65,12 +65,12 @@ def maximum_mean_discrepancy(features: Features, reference: Features) -> Estimat
 
     def others(a: Tensor) -> Tensor:
         """For each vector the mean kernel with the others of its set."""
-        return (_mean_over(kernel, a, a) * len(a) - 1) / (len(a) - 1)
+        return (mean_over(kernel, a, a) * len(a) - 1) / (len(a) - 1)
 
     def kernel(square: Tensor) -> Tensor:
         return (-square / twice).exp()
 
-    xx, yy, xy, yx = others(x), others(y), _mean_over(kernel, x, y), _mean_over(kernel, y, x)
+    xx, yy, xy, yx = others(x), others(y), mean_over(kernel, x, y), mean_over(kernel, y, x)
     return Estimate(float(xx.mean() + yy.mean() - 2 * xy.mean()), 2 * error_of(xx - xy, yy - yx))
 
 
@@ -120,7 +120,7 @@ def _centered(features: Features, reference: Features) -> tuple[Tensor, Tensor]:
     return x - y.mean(0), y - y.mean(0)
 
 
-def _mean_over(function: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+def mean_over(function: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     """For each vector of a (n, D) the mean over b (m, D) of a function of their squared distance."""
     found = [sum(function(squared_distances(rows, part)).sum(1) for part in b.split(BLOCK)) for rows in a.split(BLOCK)]
     return torch.cat(found) / len(b)  # type: ignore[arg-type]

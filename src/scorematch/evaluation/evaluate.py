@@ -50,7 +50,6 @@ from scorematch.evaluation.arrays import (
     reference_arrays,
     save_charts,
     some_values_of,
-    values_of,
 )
 from scorematch.evaluation.estimate import IMAGES, Estimate, Figures, as_dicts
 from scorematch.evaluation.evaluator import Evaluator, OneOrMore, image_figures
@@ -401,5 +400,5 @@ def _evaluate_arrays(
     )
     if folder is not None and this_process().rank == 0:
         result.save(folder)
-        save_charts(samples, values_of(data), folder)
+        save_charts(samples, data.read(range(len(data)))[0], folder)
     return result
