@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import ConcatDataset
 
 from scorematch import ScoreNet
 from scorematch.cli import main
@@ -19,10 +20,11 @@ from scorematch.evaluation import (
     sliced_wasserstein_distance,
     spectrum,
     spectrum_error,
+    two_sample,
     values_distance,
 )
 from scorematch.evaluation.distances import wasserstein
-from scorematch.sampling import ODESampler
+from scorematch.sampling import ODESampler, sample_to
 from tests.helpers import seed
 
 
@@ -71,6 +73,9 @@ def test_sliced_wasserstein_distance_of_a_shift_and_of_sorted_values():
     torch.testing.assert_close(value, (x.sort(0).values - x.square().sort(0).values).abs().mean(0))
     value, h, g = wasserstein(x[:20], x)  # of unequal numbers, by duality: the mean potentials are the distance
     torch.testing.assert_close(value, h.mean(0) + g.mean(0))
+    values = torch.arange(1000).view(-1, 1).double() % 4
+    value, h, g = wasserstein(values, values)  # equal sets, without rounding
+    assert not (value.any() or h.any() or g.any())
 
 
 @pytest.mark.slow
@@ -156,6 +161,14 @@ def test_the_error_of_a_spectrum_does_not_depend_on_the_units_of_the_channels():
     assert spectrum_error(pixels[:250], pixels[250:]) == spectrum_error(pixels[:250].float(), pixels[250:].float())
 
 
+def test_the_error_of_a_spectrum_of_rare_waves_is_not_known():
+    """Each wave is in one of ten signals, so that bootstrap samples of the data lack some."""
+    waves = torch.cos(2 * torch.pi * torch.arange(1, 11)[:, None, None] * torch.arange(32) / 32)
+    for found in spectrum_error(waves, waves):
+        assert found == (0, None)
+    assert spectrum_error(normal(9, 1, 8), normal(9, 1, 8, number=1))[0].error > 0
+
+
 def test_values_are_taken_from_all_places_of_large_sets(monkeypatch):
     """Fields that are right in the first column only, which has each tenth value."""
     monkeypatch.setattr(spectrum, "_VALUES", 1000)
@@ -177,6 +190,24 @@ def test_a_classifier_sees_noise_where_the_data_are_constant():
     assert classifier_two_sample_test(x, y, steps=100).value > 0.9
     x[:, 1] = 2.0
     assert classifier_two_sample_test(x, y, steps=20).value < 0.65
+    x[:, 1] = 2.1
+    assert classifier_two_sample_test(x, y, steps=100).value > 0.9
+
+
+def test_a_classifier_ignores_a_constant_whose_mean_is_rounded():
+    x, y = normal(500, 2).float(), 3 + normal(500, 2, number=1).float()
+    expected = classifier_two_sample_test(x, y, steps=100).value
+    x[:, 1] = y[:, 1] = 0.1
+    assert y.mean(0)[1] != y[0, 1]
+    assert expected > 0.9 and classifier_two_sample_test(x, y, steps=100).value == pytest.approx(expected, abs=0.1)
+
+
+def test_a_classifier_has_the_number_of_folds(monkeypatch):
+    seen, trained = [], two_sample._trained
+    monkeypatch.setattr(two_sample, "_trained", lambda *args: seen.append(len(args[2])) or trained(*args))
+    for n, folds in ((6, 5), (20, 12)):
+        classifier_two_sample_test(normal(n, 2), normal(n, 2, number=1), folds=folds, steps=1)
+        assert seen.pop() == folds
 
 
 # -- Evaluations
@@ -219,6 +250,33 @@ def test_samples_of_a_network_are_compared_in_their_units():
     assert set(result.sizes) == {"samples", "floor", "gaussian"} and set(result.figures["samples"]) == {"values"}
     samples, floor = (result.figures[column]["values"]["energy"] for column in ("samples", "floor"))
     assert samples.value < floor.value + 4 * floor.error
+
+
+def test_a_folder_of_samples_is_compared_as_those_of_the_network(tmp_path):
+    net, data = ScoreNet.mlp(2, width=8, depth=1), 80 + normal(40, 2).float()
+    net.fit_units(data)
+    sampler, options = ODESampler(net, levels=3), {"metrics": "energy", "progress": False}
+    sample_to(sampler, tmp_path, 10, format="float", progress=False)
+    assert evaluate(tmp_path, data, **options).figures == evaluate(sampler, data, n=10, **options).figures
+
+
+def test_held_out_data_and_numbers_are_checked_before_samples_are_drawn(monkeypatch):
+    sampler, data = ODESampler(ScoreNet.mlp(2, width=8, depth=1), levels=3), normal(40, 2).float()
+    monkeypatch.setattr(ODESampler, "sample", lambda *arguments, **options: pytest.fail("it samples"))
+    with pytest.raises(ValueError, match=r"must have the shape of the reference, \(2,\), got \(3,\)"):
+        evaluate(sampler, data, n=9, held_out=normal(9, 3).float(), metrics="energy", progress=False)
+    with pytest.raises(ValueError, match="the metrics need at least 2 samples, got 1"):
+        evaluate(sampler, data, n=1, progress=False)
+
+
+def test_the_settings_identify_data_by_their_values():
+    """Also of a Dataset, which is told from others by its type and its shape only."""
+    data = normal(20, 2).float()
+    hashes = [
+        evaluate(data, ConcatDataset([each, each]), metrics="energy", progress=False).hash
+        for each in (data, data.clone(), 2 * data)
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_the_command_prints_and_refuses(tmp_path, capsys):

@@ -11,6 +11,7 @@ import torch
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import main
+from scorematch.cli import tune as command
 from scorematch.data import save_image
 from scorematch.evaluation import METRICS, evaluate, evaluate_restoration
 from scorematch.evaluation.exact import Gaussian
@@ -83,13 +84,15 @@ def test_an_interruption_says_whether_the_same_command_continues(folder, tmp_pat
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    real = (folder / "real.npz", "--features", "none", "--out", tmp_path / "out")
+    np.save(tmp_path / "data.npy", 9 * np.random.default_rng(0).standard_normal((9, 1, 8, 8), np.float32))
+    real = (folder / "real.npz", "--features", "none")
     for function, words, continues in [
-        ("evaluate_restoration", ["--restore", "pool:4"], "the same command begins anew"),
-        ("evaluate", [], "repeat the command to continue"),
+        ("evaluate_restoration", [*real, "--restore", "pool:4"], "the same command begins anew"),
+        ("evaluate", real, "repeat the command to continue"),
+        ("evaluate", [tmp_path / "data.npy"], "the same command begins anew"),  # whose samples are not kept
     ]:
         monkeypatch.setattr(f"scorematch.cli.evaluate.{function}", interrupted)
-        assert _run("evaluate", folder / "network", *real, *words) == 130
+        assert _run("evaluate", folder / "network", *words, "--out", tmp_path / "out") == 130
         assert capsys.readouterr().err == f"scorematch: interrupted; {continues}\n"
 
 
@@ -123,6 +126,10 @@ def test_evaluate_a_network(folder, tmp_path, capsys):
     assert stored["settings"] == expected.settings and stored["name"] == str(folder / "network")
     assert stored["figures"] == json.loads(expected.to_json())["figures"]
     assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert _run("evaluate", folder / "network", folder / "real.npz", *options, *held_out) == 0
+    assert "s for 6 images" not in capsys.readouterr().out  # they exist
+    about = json.loads((out / "samples" / "samples.json").read_text())["about"]
+    assert about == {"network": str(folder / "network")}
 
 
 @pytest.mark.slow
@@ -306,6 +313,21 @@ def test_tune_stores_the_best_settings(folder, tmp_path, capsys):
     assert lines[1].startswith("| sampler settings | calls | frechet, pixels |") and lines[-1] == str(out)
     stored = ScoreNet.from_pretrained(out).sampler_settings
     assert lines[-2] == f"recommended: {stored}" and f"| **{stored}** |" in "\n".join(lines)
+
+
+@pytest.mark.filterwarnings("default:.* is singular:UserWarning")
+def test_tune_counts_the_settings_that_it_measures(folder, tmp_path, monkeypatch, capsys):
+    """Each once, and none with more network calls than --calls; those are not learned either."""
+    learned = []
+    monkeypatch.setattr(command, "settings_learned", lambda net, calls, **_: learned.append(calls) or [])
+    twice = [SamplerSettings("ode", levels=3), SamplerSettings("ode", levels=30), SamplerSettings("ode", levels=3)]
+    monkeypatch.setattr(command, "settings_of_paths", lambda *_, **__: [])
+    monkeypatch.setattr(command, "settings_with_few_calls", lambda *_: twice)
+    options = ("--reference", folder / "real.npz", "--features", "pixels", "-n", 4, "--calls", 5)
+    assert _run("tune", folder / "network", *options, "--learn", 4, 6) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert learned == [[4]] and first == "1 setting with 5 network calls per sample"
+    assert len([line for line in lines if line.startswith("|")]) == 2 + 1  # below the head
 
 
 @pytest.mark.slow

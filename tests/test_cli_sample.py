@@ -455,6 +455,15 @@ def test_torchrun_runs_the_same_command_in_two_processes(folder, tmp_path):
     assert (tmp_path / "two" / "sheet.png").read_bytes() == (tmp_path / "one" / "sheet.png").read_bytes()
 
 
+def test_the_time_of_sampling_is_that_of_the_network_that_samples(folder, monkeypatch):
+    made = []
+    net = ScoreNet.from_pretrained(folder)
+    monkeypatch.setattr(ScoreNet, "inference_copy", lambda self, **_: made.append(self) or self)
+    for precision in ("auto", "float32"):
+        announce(ODESampler(net, levels=3, precision=precision), 5)
+    assert made == [net]
+
+
 @pytest.mark.parametrize(
     ("kind", "levels", "hint"),
     [(AncestralSampler, 252, True), (AncestralSampler, 250, False), (ODESampler, 200, False)],

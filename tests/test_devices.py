@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.core.precision import exact_float32
 from scorematch.data import open_images
-from scorematch.evaluation import Extractor, evaluate, evaluate_restoration
+from scorematch.evaluation import Extractor, evaluate, evaluate_restoration, few_calls, settings_of_paths
+from scorematch.evaluation.levy import Laplace, LevyProcess
 from scorematch.nets.layers import GroupNorm
 from scorematch.restoration import Grayscale, Mask, Observation
 from scorematch.sampling import (
@@ -480,3 +481,21 @@ def test_evaluation_does_not_depend_on_the_default_device(tmp_path):
     sampler = AnnealedLangevinSampler(_small(), levels=2)
     restored = evaluate_restoration(sampler, real, "half", n=8, draws=1, sigma=0.1, metrics=["frechet"], **options)
     assert restored.figures["restored"]["restoration"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("meta_by_default")
+def test_the_evaluation_of_arrays_and_signals_does_not_depend_on_the_default_device_and_dtype(monkeypatch):
+    monkeypatch.setattr(few_calls, "_PATHS", 2)
+    with torch.device("cpu"):
+        data, mask, points = torch.randn(40, 1, 8), Mask(torch.arange(4) < 2), torch.zeros(9, 4)
+    options = {"metrics": ["mmd", "spectrum", "values"], "progress": False}
+    expected = evaluate(data[:9], data[9:], **options)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert evaluate(data[:9], data[9:], **options).figures == expected.figures
+    finally:
+        torch.set_default_dtype(torch.float32)
+    signals = LevyProcess(Laplace(), 4)
+    assert signals.posterior_samples(Observation(mask, points, 0.1), 2, 0, burn_in=1).isfinite().all()
+    assert len(settings_of_paths(_small(classes=2), [3], progress=False)) == 1

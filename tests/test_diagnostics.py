@@ -320,7 +320,7 @@ def test_the_energy_distance_finds_what_mean_and_covariance_do_not(mixture):
 
 
 def test_the_energy_distance_equals_brute_force(world, monkeypatch):
-    monkeypatch.setattr(sampler_distance, "BLOCK", 7)
+    monkeypatch.setattr("scorematch.evaluation.distances.BLOCK", 7)
     x, y = world.sample(20, 1, torch.float64) + 0.5, world.sample(30, 2, torch.float64)
     _, _, found = sampler_distance._distances_from(world, y)(x)
     between, a, b = (torch.cdist(*pair).mean() for pair in ((x, y), (x, x), (y, y)))

@@ -440,6 +440,11 @@ def test_an_image_of_the_gaussian_depends_on_its_number_only(monkeypatch):
         torch.set_default_dtype(torch.float32)
 
 
+def test_one_image_has_no_gaussian():
+    with pytest.raises(ValueError, match="the Gaussian of a data set needs at least 2 images, got 1"):
+        run(images(4), images(1), features=[], metrics=None)
+
+
 def test_held_out_images_and_the_gaussian_are_measured_beside_the_samples():
     real, more, generated = images(60), images(100, 3), images(40, 1)
     result = run(generated, real, held_out=more, metrics=["frechet"], seed=4)

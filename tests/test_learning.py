@@ -137,6 +137,9 @@ def test_what_was_learned_is_kept_in_the_folder(tmp_path, monkeypatch, capsys):
     again = settings_learned(net, [3, 2], **options)  # learns what is missing
     assert len(again[0].options["sigmas"]) == 3 and again[1].options["coefficients"] == (0.1, 0.2, 0.3)
 
+    with pytest.raises(ValueError, match=r"learned\.json has other settings: condition was None and is 'Tensor"):
+        settings_learned(net, [2], condition=torch.ones(2, 3), **options)
+
     net.save_pretrained(tmp_path)
     save_grid(torch.rand(1, 1, 8, 8), tmp_path / "real.png")
     command = ["tune", tmp_path, "--reference", tmp_path, "--features", "pixels", "--learn", "3", "--out", tmp_path]

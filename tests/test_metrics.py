@@ -219,6 +219,11 @@ def test_the_standard_error_is_the_spread_over_many_sets():
     assert np.mean([each.error for each in found]) == pytest.approx(float(spread), rel=0.2)  # 4 errors of a spread
 
 
+def test_the_error_of_equal_sets_is_not_that_of_rounding():
+    features = 100 * normal(40, 6)
+    assert frechet_distance(features, features).error == 0 < frechet_distance(features, 1.001 * features).error
+
+
 def test_the_standard_error_warns_and_refuses_as_the_distance():
     with pytest.warns(UserWarning, match="covariance of 4 features of 4 dimensions is singular"):
         assert math.isfinite(frechet_distance(normal(4, 4), normal(40, 4)).error)

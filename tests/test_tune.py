@@ -299,6 +299,12 @@ def test_the_best_settings_of_restorations(restorer, tmp_path, by):
 
 
 @pytest.mark.slow
+def test_the_card_has_the_number_of_restorations(restorer, tmp_path):
+    run(restorer, COLORED, operators="gray", settings=SETTINGS[:1], n=1000, out=tmp_path)
+    assert "Measured with `scorematch tune` on 8 images for each row" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.slow
 def test_rows_of_another_mask_of_the_same_name_are_not_used(restorer, tmp_path):
     left, right = Mask(torch.arange(8) < 4), Mask(torch.arange(8) >= 4)
     assert str(left) == str(right)

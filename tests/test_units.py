@@ -11,6 +11,7 @@ from torch import nn
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.core.scores import NetworkScore
+from scorematch.evaluation import level_losses
 from scorematch.evaluation.exact import Gaussian
 from scorematch.likelihood import log_likelihood
 from scorematch.loss import sliced_score_matching_loss
@@ -153,6 +154,15 @@ def test_denoised_data_likelihoods_and_losses_in_units_are_those_in_standard_uni
     for loss in (dsm_loss, partial(sliced_score_matching_loss, projections=noise.flip(0))):
         losses = [loss(net, each, sigma=s, noise=noise) for net, each, s in ((own, x, 0.3 * scale), (standard, u, 0.3))]
         assert torch.allclose(*losses, rtol=1e-3)
+
+
+def test_the_error_of_denoised_data_is_in_the_units_of_the_data():
+    own, _, mean, std = points()
+    x, sigma = mean + 2 * std * torch.randn(200, 3, generator=seed()), 0.3 * own.units.typical
+    (row,) = level_losses(own, x, [sigma], n=None, progress=False)
+    noise = sigma * own.units.noise(x) * torch.randn(200, 3, generator=seed(1))
+    expected = (own.denoise(x + noise, sigma) - x).square().mean().sqrt().item()
+    assert row.denoised == pytest.approx(expected, rel=0.2)
 
 
 RESTORING = {

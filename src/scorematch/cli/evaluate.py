@@ -35,6 +35,7 @@ from scorematch.evaluation.subject import DEFAULT_N, conditions_of, is_network
 from scorematch.restoration.methods import Restore
 from scorematch.sampling import SAMPLERS
 from scorematch.sampling.bulk import Job
+from scorematch.sampling.folder import SampleFolder
 from scorematch.sampling.sampler import options_of
 
 
@@ -152,8 +153,9 @@ def _run(args: argparse.Namespace) -> None:
     method: Restore = args.restore_method or "auto"
     sampler = make_sampler(args, net, restore=method if restoring else None)
     n = args.n or DEFAULT_N
-    if restoring:
+    if restoring or arrays:
         args.continues = "the same command begins anew"
+    if restoring:
         announce(sampler, 0)
         images, reference = (args.reference, None) if args.data is None else (args.data, args.reference)
         options = given(args, ("n", "draws", "sigma", "truth", "labels"))
@@ -163,7 +165,10 @@ def _run(args: argparse.Namespace) -> None:
         if condition is None and data is not None:
             condition = conditions_of(data, net, n, args.seed, classes)
         drawn = {"classes": classes, "n_classes": args.n_classes, "condition": condition}
-        announce(sampler, n, Job(sampler, **drawn).condition_of(range(1)))
+        job, missing = Job(sampler, seed=args.seed, batch_size=args.batch_size, **drawn), n
+        if args.out is not None and not arrays:
+            missing = SampleFolder(job, args.out / "samples", n, format="npz").missing
+        announce(sampler, missing, job.condition_of(range(1)))
         measured = n * (1 + sets["gaussian"] + (args.held_out is not None))
         announce_features(() if arrays else common["features"], net.sample_shape or (), measured)
         result = evaluate(sampler, args.reference, n=n, **drawn, **sets, **common)

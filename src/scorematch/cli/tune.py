@@ -23,8 +23,7 @@ from scorematch.evaluation.criteria import Distance, Kind, distance_of
 from scorematch.evaluation.few_calls import settings_learned, settings_of_paths, settings_with_few_calls
 from scorematch.evaluation.reference import check_sources, first_images
 from scorematch.evaluation.subject import conditions_of
-from scorematch.evaluation.tune import check_folder, settings_table, tune
-from scorematch.sampling import recommended_sampler
+from scorematch.evaluation.tune import check_folder, samplers_within, settings_table, tune
 
 
 def add(commands: Commands) -> None:
@@ -109,7 +108,8 @@ def _run(args: argparse.Namespace) -> None:
     if data is None:
         options["features"] = options["features"][0] if options["features"] else []
     settings = settings_table(net, args.calls)
-    if args.learn:
+    counts = [each for each in args.learn or () if each <= args.calls]
+    if counts:
         images, condition = None, None
         if data is not None:
             images = some_values_of(data, 4096, args.seed)
@@ -117,16 +117,17 @@ def _run(args: argparse.Namespace) -> None:
         elif not args.restore:
             images = first_images(args.reference, net.sample_shape, crop=options["crop"])
         fitted = {"condition": condition, "seed": args.seed, "progress": not args.quiet}
-        settings += settings_learned(net, args.learn, out=args.out, **fitted)
-        settings += settings_of_paths(net, args.learn, **fitted) + settings_with_few_calls(net, args.learn, images)
-    if settings and this_process().rank == 0:
-        calls = sum(len(recommended_sampler(net, each)) for each in settings) * len(args.restore or [""])
-        number = f"{len(settings)} settings" if len(settings) != 1 else "1 setting"
+        settings += settings_learned(net, counts, out=args.out, **fitted)
+        settings += settings_of_paths(net, counts, **fitted) + settings_with_few_calls(net, counts, images)
+    samplers = samplers_within(net, settings, args.calls)
+    if this_process().rank == 0:
+        calls = sum(map(len, samplers.values())) * len(args.restore or [""])
+        number = f"{len(samplers)} settings" if len(samplers) != 1 else "1 setting"
         print(f"{number} with {calls:,} network calls per sample", flush=True)
     result = tune(
         net,
         args.reference,
-        settings=settings,
+        settings=list(samplers),
         calls=args.calls,
         n=args.n,
         by=args.by,

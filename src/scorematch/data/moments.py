@@ -49,8 +49,8 @@ class Sums:
 
     def __init__(self, name: str, part: str, *, data: bool = False) -> None:
         self.name, self.part, self.data, self.first, self.n = name, part, data, 0, 0
-        self.mean = self.squares = torch.zeros(())
-        self.low, self.high = torch.tensor(math.inf), torch.tensor(-math.inf)
+        self.mean = self.squares = torch.zeros((), device="cpu")
+        self.low, self.high = (torch.tensor(each, device="cpu") for each in (math.inf, -math.inf))
 
     def add(self, x: Tensor) -> None:
         """Adds samples (n, C, ...), which must be finite."""

@@ -24,7 +24,8 @@ from scorematch.core.charts import Curve, chart
 from scorematch.core.derived import Isotropic
 from scorematch.core.files import write_whole
 from scorematch.core.processes import gathered
-from scorematch.core.randomness import seed_of
+from scorematch.core.randomness import seed_of, standard_normal
+from scorematch.core.records import hash_of, hash_of_bytes
 from scorematch.core.scores import attribute
 from scorematch.data.array_data import ArrayData, check_finite, find_arrays
 from scorematch.data.moments import Sums, batches_of, step_of
@@ -60,11 +61,6 @@ def reference_arrays(reference: Any, what: Any = None, *, named: bool = False) -
     return None if max(float(batch.abs().max()) for batch in batches_of(data)) <= 1 else data
 
 
-def values_of(data: ArrayData) -> Tensor:
-    """All samples (N, C, ...), float32."""
-    return data.read(range(len(data)))[0]
-
-
 def some_values_of(data: ArrayData, n: int, seed: int) -> Tensor:
     """At most n random samples (m, C, ...), float32, in their order."""
     return data.read(choose(len(data), min(n, len(data)), seed).sort().values)[0]
@@ -89,9 +85,11 @@ class ArrayEvaluator:
             check_choice("each of metrics", each, METRICS)
         self.data, self._named = data, metrics is not None
         self.metrics = default_metrics("arrays") if metrics is None else tuple(metrics)
-        found = Sums("the reference", "channel")
+        found, parts = Sums("the reference", "channel"), [data.fingerprint]
         for batch in batches_of(data):
             found.add(batch)
+            parts.append(hash_of_bytes(batch.contiguous().numpy().data))
+        self._content = hash_of(parts)  # the fingerprint of data that are not in memory does not have all values
         varies, shape = found.low < found.high, (-1, *[1] * (len(data.shape) - 1))
         if not bool(varies.any()):
             raise ValueError("the reference is constant. Pass data that vary.")
@@ -114,8 +112,10 @@ class ArrayEvaluator:
             The metrics that will be left out, with the reasons.
 
         Raises:
-            ValueError: if the data have another shape, or a named metric cannot be measured.
+            ValueError: if n is below 2, the data have another shape, or a named metric cannot be measured.
         """
+        if n < 2:
+            raise ValueError(f"the metrics need at least 2 samples, got {n}.")
         self._check_shape(shape)
         left_out = self._lacking(n)
         for each, reason in left_out.items() if self._named else ():
@@ -159,8 +159,8 @@ class ArrayEvaluator:
         generator = torch.Generator().manual_seed(seed_of(seed, "gaussian"))
         mean = self.reference.flatten(1).mean(0)
         rows = self.reference.flatten(1) - mean
-        sizes = [len(part) for part in torch.arange(n).split(_AT_ONCE)]
-        weights = (torch.randn(size, len(rows), generator=generator, device="cpu") for size in sizes)
+        sizes = [len(part) for part in torch.arange(n, device="cpu").split(_AT_ONCE)]
+        weights = (standard_normal((size, len(rows)), generator, mean.device) for size in sizes)
         drawn = [mean + each @ rows / (len(rows) - 1) ** 0.5 for each in weights]
         return self._measure(torch.cat(drawn).view(n, *self.reference.shape[1:]), self.reference)
 
@@ -179,7 +179,7 @@ class ArrayEvaluator:
     def settings(self) -> dict[str, Any]:
         """What determines the figures of given sets, as plain values for JSON."""
         named = {"name": VALUES, "fingerprint": _FLAT.fingerprint, "preprocessing": _FLAT.preprocessing}
-        reference = {"n": len(self.data), "content": self.data.fingerprint}
+        reference = {"n": len(self.data), "content": self._content}
         metrics = {name: METRICS[name].settings for name in self.metrics}
         return {"reference": reference, "features": [named], "metrics": metrics}
 

@@ -55,6 +55,7 @@ class Criterion:
         source: the name of the extractor, or of what is measured without one.
         names: the names of the figures, by their source.
         settings: everything that determines the figures, besides the sampler, as plain values for JSON.
+        n: the number of samples or restorations for each sampler.
         measure: draws samples or restorations with a sampler, from the same seeds for every sampler, and measures them.
         held_out: the figures of held-out data, or None.
     """
@@ -62,6 +63,7 @@ class Criterion:
     source: str
     names: Mapping[str, Sequence[str]]
     settings: Mapping[str, Any]
+    n: int
     measure: Callable[[Sampler], Figures]
     held_out: Figures | None = None
 
@@ -94,7 +96,7 @@ def of_arrays(
     others = None
     if held_out is not None:
         others = {VALUES: evaluator.measure(some_values_of(open_arrays(held_out), n, drawing["seed"]))}
-    return Criterion(VALUES, {VALUES: (by,)}, evaluator.settings(), measure, others)
+    return Criterion(VALUES, {VALUES: (by,)}, evaluator.settings(), n, measure, others)
 
 
 def of_pictures(
@@ -125,7 +127,7 @@ def of_pictures(
         other = open_for(held_out, what="held-out images", **_opening(options))
         chosen = choose(len(other), min(n, len(other)), drawing["seed"])
         others = evaluator.measure(read_batches(other, chosen, drawing["batch_size"]), strict=False)
-    return Criterion(source, {source: (by,), IMAGES: ("std", "variation")}, settings, measure, others)
+    return Criterion(source, {source: (by,), IMAGES: ("std", "variation")}, settings, n, measure, others)
 
 
 def of_restorations(
@@ -136,12 +138,12 @@ def of_restorations(
     operators: Mapping[str, Operator],
     options: Mapping[str, Any],
 ) -> Criterion:
-    """The error of the restorations of n images, for one or more operators.
+    """The error of the restorations of images, for one or more operators.
 
     Args:
-        images: the clean images, of which n are degraded.
+        images: the clean images, of which n are degraded, or all if there are fewer.
         by: the distance.
-        n: the number of images.
+        n: the largest number of images.
         drawing: the seed and the batch size.
         operators: the operators by their names.
         options: the arguments of ``Evaluator``.
@@ -164,7 +166,7 @@ def of_restorations(
 
     # Masks of one size can have the same name.
     settings |= {"tasks": list(map(identified, operators.values()))}
-    return Criterion(source, dict.fromkeys(operators, (by,)), settings, measure)
+    return Criterion(source, dict.fromkeys(operators, (by,)), settings, len(chosen), measure)
 
 
 def _evaluator(reference: Any, by: str, n: int, options: Mapping[str, Any]) -> tuple[Evaluator, dict[str, Any]]:

@@ -213,7 +213,7 @@ def level_losses(
         scaled, wrong = map(double, scaled_score(net, clean, sigma=sigma, noise=z, condition=given))
         error = sigma * noise_ratios(net, wrong) * wrong
         denoised = double(clean) + error
-        return wrong.square(), scaled.square(), error, denoised, denoised.square(), denoised * error
+        return wrong.square(), scaled.square(), error, error.square(), denoised, denoised.square(), denoised * error
 
     found = _by_level(
         columns,
@@ -227,13 +227,13 @@ def level_losses(
         progress=progress,
     )
     rows = []
-    for sigma, (loss, norm, error, mean, square, product) in zip(sigmas, found, strict=True):
-        center, bias, residual = float(mean.mean()), mean_of(error), mean_of(loss)
+    for sigma, (loss, norm, error, wrong, mean, square, product) in zip(sigmas, found, strict=True):
+        center, bias, denoised = float(mean.mean()), mean_of(error), math.sqrt(float(wrong.mean()))
         # Cov(x, d) / Var(d) = 1 - Cov(d - x, d) / Var(d), of all values; each image has its part of the two sums.
         covariance = product - center * error - bias.value * mean + center * bias.value
         excess = ratio_of(covariance, square - 2 * center * mean + center**2)
-        slope, denoised = Estimate(1 - excess.value, excess.error), sigma * math.sqrt(residual.value)
-        rows.append(LevelLoss(sigma, residual, mean_of(norm), mean_of(loss + norm - 1), denoised, slope, bias))
+        slope = Estimate(1 - excess.value, excess.error)
+        rows.append(LevelLoss(sigma, mean_of(loss), mean_of(norm), mean_of(loss + norm - 1), denoised, slope, bias))
     return Report(rows)
 
 

@@ -46,7 +46,7 @@ def energy_distance(features: Features, reference: Features) -> Estimate:
         Székely & Rizzo, 2013, Eq. 5.
     """
     x, y = _centered(features, reference)
-    xx, xy, yx, yy = (_mean_over(Tensor.sqrt, a, b) for a, b in ((x, x), (x, y), (y, x), (y, y)))
+    xx, xy, yx, yy = (mean_over(Tensor.sqrt, a, b) for a, b in ((x, x), (x, y), (y, x), (y, y)))
     square = float(2 * xy.mean() - xx.mean() - yy.mean())
     return root_of(Estimate(max(0.0, square), 2 * error_of(xy - xx, yx - yy)))
 
@@ -59,17 +59,18 @@ def maximum_mean_discrepancy(features: Features, reference: Features) -> Estimat
     """
     x, y = _centered(features, reference)
     some = random_rows(y, min(len(y), _MEDIAN_OF))
-    squares = squared_distances(some, some)[torch.ones(len(some), len(some)).triu(1) > 0]
+    squares = squared_distances(some, some)
+    squares = squares[torch.ones_like(squares).triu(1) > 0]
     twice = 2 * (float(squares.median()) or float(squares.mean()) or 1.0)  # more than half of the pairs may be equal
 
     def others(a: Tensor) -> Tensor:
         """For each vector the mean kernel with the others of its set."""
-        return (_mean_over(kernel, a, a) * len(a) - 1) / (len(a) - 1)
+        return (mean_over(kernel, a, a) * len(a) - 1) / (len(a) - 1)
 
     def kernel(square: Tensor) -> Tensor:
         return (-square / twice).exp()
 
-    xx, yy, xy, yx = others(x), others(y), _mean_over(kernel, x, y), _mean_over(kernel, y, x)
+    xx, yy, xy, yx = others(x), others(y), mean_over(kernel, x, y), mean_over(kernel, y, x)
     return Estimate(float(xx.mean() + yy.mean() - 2 * xy.mean()), 2 * error_of(xx - xy, yy - yx))
 
 
@@ -104,11 +105,11 @@ def wasserstein(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         potential :math:`\int_{x_i}^\infty \mathrm{sign}(F - G)\, dt` (n, L), and minus that of the y (m, L).
     """
     values, order = torch.cat([x, y]).sort(0)
-    masses = torch.where(order < len(x), x.new_tensor(1 / len(x)), x.new_tensor(-1 / len(y)))
+    masses = torch.where(order < len(x), len(y), -len(x))  # times n m, so that equal ones cancel without rounding
     difference, gaps = masses.cumsum(0)[:-1], values.diff(dim=0)
     slopes = torch.cat([difference.sign() * gaps, torch.zeros_like(values[:1])])
     potential = torch.empty_like(values).scatter_(0, order, slopes.flip(0).cumsum(0).flip(0))
-    return (difference.abs() * gaps).sum(0), potential[: len(x)], -potential[len(x) :]
+    return (difference.abs() * gaps).sum(0) / (len(x) * len(y)), potential[: len(x)], -potential[len(x) :]
 
 
 def _centered(features: Features, reference: Features) -> tuple[Tensor, Tensor]:
@@ -119,7 +120,7 @@ def _centered(features: Features, reference: Features) -> tuple[Tensor, Tensor]:
     return x - y.mean(0), y - y.mean(0)
 
 
-def _mean_over(function: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+def mean_over(function: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     """For each vector of a (n, D) the mean over b (m, D) of a function of their squared distance."""
     found = [sum(function(squared_distances(rows, part)).sum(1) for part in b.split(BLOCK)) for rows in a.split(BLOCK)]
     return torch.cat(found) / len(b)  # type: ignore[arg-type]

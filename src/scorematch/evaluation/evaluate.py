@@ -50,7 +50,6 @@ from scorematch.evaluation.arrays import (
     reference_arrays,
     save_charts,
     some_values_of,
-    values_of,
 )
 from scorematch.evaluation.estimate import IMAGES, Estimate, Figures, as_dicts
 from scorematch.evaluation.evaluator import Evaluator, OneOrMore, image_figures
@@ -302,9 +301,9 @@ def evaluate(
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
     options["condition"] = condition
     if arrays is not None:
-        subject = subject_of(what, n, sampler, options, None, device, strict, progress, arrays=arrays)
-        return _evaluate_arrays(subject, arrays, metrics, held_out, gaussian, seed, folder, name, progress)
-    subject = subject_of(what, n, sampler, options, folder, device, strict, progress)
+        subject = subject_of(what, name, n, sampler, options, None, device, strict, progress, arrays=arrays)
+        return _evaluate_arrays(subject, arrays, metrics, held_out, gaussian, seed, folder, progress)
+    subject = subject_of(what, name, n, sampler, options, folder, device, strict, progress)
     device = local_device(subject.device if device is None else device)
     # Without a size in pixels, "center" would crop to a square.
     whole = crop == "center" and not subject.is_network and subject.shape[1] != subject.shape[2]
@@ -345,7 +344,7 @@ def evaluate(
             every, sizes[REFERENCE] = torch.arange(len(data), device="cpu"), len(data)
             figures[REFERENCE] = {IMAGES: image_figures(read_batches(data, every, batch_size))}
         result = Evaluation(
-            name=subject.name if name is None else name,
+            name=subject.name,
             settings=as_stored(settings),
             versions=versions(device),
             sizes=sizes,
@@ -369,29 +368,29 @@ def _evaluate_arrays(
     gaussian: bool,
     seed: int,
     folder: Path | None,
-    name: str | None,
     progress: bool,
 ) -> Evaluation:
     """The evaluation of data that are not pictures."""
     evaluator = ArrayEvaluator(data, [metrics] if isinstance(metrics, str) else metrics)
     left_out = evaluator.check(subject.n, subject.shape)
+    others = None if held_out is None else some_values_of(open_arrays(held_out), subject.n, seed)
+    known = None if others is None else (len(others), evaluator.measure(others))  # before samples are drawn
     with process_group(subject.device):
         samples = gathered_values(shown(subject.batches(), subject.n, "samples", progress))
     settings: dict[str, Any] = {"samples": subject.settings, **evaluator.settings(), "seed": seed}
     columns: dict[str, Callable[[], tuple[int, dict[str, Estimate]]]] = {
         SAMPLES: lambda: (len(samples), evaluator.measure(samples))
     }
-    if held_out is not None:
-        others = some_values_of(open_arrays(held_out), len(samples), seed)
+    if others is not None and known is not None:
         settings["held_out"] = {"n": len(others), "content": hash_of_bytes(others.numpy().data)}
-        columns[HELD_OUT] = lambda: (len(others), evaluator.measure(others))
+        columns[HELD_OUT] = lambda: known
     columns[FLOOR] = lambda: evaluator.floor(len(samples), seed)
     if gaussian:
         columns[GAUSSIAN] = lambda: (len(samples), evaluator.gaussian(len(samples), seed))
     hidden = not progress or this_process().rank > 0
     found = {column: of() for column, of in tqdm(columns.items(), "metrics", leave=False, unit="set", disable=hidden)}
     result = Evaluation(
-        name=subject.name if name is None else name,
+        name=subject.name,
         settings=as_stored(settings),
         versions=versions(subject.device),
         sizes={column: size for column, (size, _) in found.items()},
@@ -401,5 +400,5 @@ def _evaluate_arrays(
     )
     if folder is not None and this_process().rank == 0:
         result.save(folder)
-        save_charts(samples, values_of(data), folder)
+        save_charts(samples, data.read(range(len(data)))[0], folder)
     return result

@@ -124,9 +124,12 @@ def settings_learned(
         Settings for each number of calls; see ``scorematch.sampling.learned_settings``.
 
     Raises:
-        ValueError: if a number of calls is out of range, or the folder has settings of another network or seed.
+        ValueError: if a number of calls is out of range, or the folder has settings of another network, seed or
+            condition.
     """
-    path, settings = None if out is None else out / "learned.json", as_stored({"network": identity(net), "seed": seed})
+    path = None if out is None else out / "learned.json"
+    given = None if condition is None else identity(condition)
+    settings = as_stored({"network": identity(net), "seed": seed, "condition": given})
     record = None if path is None else read_record(path, _RECORD)
     kept: dict[str, Any] = {} if record is None else record["learned"]
     if record is not None:
@@ -159,6 +162,6 @@ def _lowest(net: ScoreNet | GuidedScore) -> float:
 def _in_turn(net: ScoreNet | GuidedScore, condition: Given, n: int) -> Given:
     """The given conditions, or the classes of a network, in turn (n, ...); None if it has no classes."""
     if (count := length(condition)) is not None:
-        return rows_of(condition, torch.arange(n) % count)
+        return rows_of(condition, torch.arange(n, device="cpu") % count)
     classes = None if net.conditioning is None else net.conditioning.classes
-    return None if classes is None else {"class": torch.arange(n) % classes}
+    return None if classes is None else {"class": torch.arange(n, device="cpu") % classes}

@@ -13,6 +13,7 @@ from scorematch.evaluation.rows import BLOCK, check_features, different_dimensio
 from scorematch.evaluation.statistics import Features, Statistics
 
 _NEGATIVE = 1e-4  # the tolerance for negative eigenvalues of a covariance, relative to the largest
+_ROUNDING = 1e-12  # the largest error that may be that of rounding, relative to the variances
 _known: weakref.WeakKeyDictionary[Statistics, _Gaussian] = weakref.WeakKeyDictionary()
 
 
@@ -68,7 +69,8 @@ def frechet_distance(features: Features, reference: Features) -> Estimate:
         x = double(block).cpu() - own.mean
         change = 2 * x @ (own.mean - fixed.mean) + x.square().sum(1)
         parts.append(change - (x @ whiten @ left).square() @ common)
-    return Estimate(distance, float(torch.cat(parts).std() / len(features) ** 0.5))
+    error = float(torch.cat(parts).std() / len(features) ** 0.5)
+    return Estimate(distance, error if error > _ROUNDING * (own.variance + fixed.variance) else 0.0)
 
 
 class _Gaussian:

@@ -234,7 +234,7 @@ class LevyProcess(Distribution):
         noise.diagonal(dim1=1, dim2=2)[hidden] = 1.0  # rows of A and y that are 0
         b = a.flip(2).cumsum(2).flip(2)  # A C, where C sums the increments
         root = torch.linalg.cholesky(noise)
-        tau = torch.full((len(y), b.shape[2]), self.increments.variance, dtype=y.dtype)
+        tau = torch.full((len(y), b.shape[2]), self.increments.variance, dtype=y.dtype, device=y.device)
         drawn = []
         for sweep in range(burn_in + apart * draws):
             u = tau.sqrt() * standard_normal(tau.shape, generator, y.device)

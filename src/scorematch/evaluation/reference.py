@@ -130,8 +130,13 @@ def gaussian_images(data: ImageData, n: int, *, seed: int = 0, batch_size: int =
 
     Yields:
         Images (batch_size, C, H, W), float32 in [0, 1], on the CPU.
+
+    Raises:
+        ValueError: if there are fewer than two images, or n or ``batch_size`` is below 1.
     """
     n, batch_size = check_count("n", n), check_count("batch_size", batch_size)
+    if len(data) < 2:
+        raise ValueError(f"the Gaussian of a data set needs at least 2 images, got {len(data)}.")
     k, m = this_process()
     own = torch.arange(n, device="cpu").split(batch_size)[k::m]
     mean = torch.zeros(data.shape, dtype=torch.float64, device="cpu")

@@ -35,9 +35,10 @@ from scorematch.core.arguments import check_count
 from scorematch.core.randomness import seed_of
 from scorematch.core.scores import Score
 from scorematch.evaluation.accumulate import Moments
+from scorematch.evaluation.distances import mean_over
 from scorematch.evaluation.distribution import Distribution
 from scorematch.evaluation.estimate import Estimate, Report
-from scorematch.evaluation.rows import BLOCK, double, squared_distances
+from scorematch.evaluation.rows import double
 from scorematch.sampling import SAMPLERS, Sampler
 from scorematch.sampling.sampler import options_of
 
@@ -166,23 +167,14 @@ def _distances_from(exact: Distribution, reference: Tensor) -> Callable[[Tensor]
     """A function that returns the three distances of samples, with these exact samples for the energy distance."""
     center, expected = exact.mean.cpu(), exact.covariance.cpu()
     y = double(reference.cpu()).flatten(1) - center
-    within = _mean_distance(y, y)
+    within = float(mean_over(Tensor.sqrt, y, y).mean())
 
     def distances(samples: Tensor) -> tuple[float, float, float]:
         x = double(samples.cpu()).flatten(1) - center
         moments = Moments.of([x])
         mean = float(moments.mean.norm()) / math.sqrt(float(expected.trace()))
         covariance = float((moments.covariance - expected).norm() / expected.norm())
-        between, own = _mean_distance(x, y), _mean_distance(x, x)
+        between, own = (float(mean_over(Tensor.sqrt, x, each).mean()) for each in (y, x))
         return mean, covariance, math.sqrt(max(0.0, 1 - (own + within) / (2 * between)))
 
     return distances
-
-
-def _mean_distance(a: Tensor, b: Tensor) -> float:
-    """The mean distance of the samples (N, D) from the samples (M, D)."""
-    total = 0.0
-    for rows in a.split(BLOCK):
-        for columns in b.split(BLOCK):
-            total += float(squared_distances(rows, columns).sqrt().sum())
-    return total / (len(a) * len(b))

@@ -24,6 +24,7 @@ from scorematch.evaluation.estimate import Estimate
 from scorematch.evaluation.rows import double, draw
 
 _MOST, _RESAMPLED = 0.99, 200  # the share of the power that is compared, and bootstrap samples
+_NONE = 1e-12  # the largest share of a power that may be that of rounding
 _VALUES = 2**21  # values of each set that are sorted
 _AT_ONCE = 2**20  # values that are transformed together
 
@@ -68,7 +69,8 @@ def spectrum_error(
 
     Returns:
         The root mean square, weighted by the power, and the largest, over the wave numbers with the most power that
-        together hold 99 % of it; each with its standard error by bootstrap. Channels count separately.
+        together hold 99 % of it; each with its standard error by bootstrap, None if so few data have power at one of
+        these wave numbers that bootstrap samples of them have none. Channels count separately.
 
     Raises:
         ValueError: if samples and data have different shapes, or all data are equal.
@@ -92,9 +94,11 @@ def spectrum_error(
         return torch.cat([rows.mean(0)[None], counts @ rows / len(rows)])
 
     above, below = means(x), means(y)
+    known = bool((below > _NONE * below[0]).all())
     errors = (above / below - 1).abs()
     found = ((errors.square() * below).sum(1) / below.sum(1)).sqrt(), errors.amax(1)
-    return tuple(Estimate(float(each[0]), float(each[1:].std())) for each in found)  # type: ignore[return-value]
+    spreads = [float(each[1:].std()) if known else None for each in found]
+    return tuple(Estimate(float(each[0]), spread) for each, spread in zip(found, spreads, strict=True))  # type: ignore[return-value]
 
 
 def values_distance(samples: Tensor, reference: Tensor) -> Estimate:

@@ -62,6 +62,7 @@ class Subject(NamedTuple):
 
 def subject_of(
     what: Any,
+    name: str | None,
     n: int | None,
     sampler: SamplerChoice,
     options: dict[str, Any],
@@ -78,18 +79,18 @@ def subject_of(
     are given.
     """
     pictures = arrays is None
-    name = name_of(what)
+    name = name_of(what) if name is None else name
     if is_network(what):
         drawn = sampler_for(what, sampler, device)
         return _of_sampler(name, drawn, DEFAULT_N if n is None else n, options, out, progress, arrays)
-    if sampler is not None or any(options[name] is not None for name in ("classes", "n_classes", "condition")):
+    if sampler is not None or any(options[each] is not None for each in ("classes", "n_classes", "condition")):
         raise ValueError(
             "sampler, classes, n_classes and condition apply to networks, but the argument `what` is a set of images. "
             "Leave them out."
         )
     stored = samples_in(what)
     if stored is not None:
-        return _of_samples(name, Path(what), stored, n)
+        return _of_samples(name, Path(what), stored, n, pictures)
     data = open_images(what, crop=None, strict=strict, progress=progress) if pictures else open_arrays(what)
     return _of_images(name, data, n, options, pictures)
 
@@ -180,7 +181,7 @@ def conditions_of(data: ArrayData, net: Any, n: int, seed: int, classes: Classes
     if takes is None or not (takes.vector or takes.channels):
         return None
     order = choose(len(data), min(n, len(data)), seed)
-    parts = named_parts(data.read(order[torch.arange(n) % len(order)])[1], takes)
+    parts = named_parts(data.read(order[torch.arange(n, device="cpu") % len(order)])[1], takes)
     kept = set(takes.parts()) - ({"class"} if classes is not None else set())
     found = {name: part for name, part in parts.items() if name in kept}
     return found or None if len(takes.parts()) > 1 else next(iter(found.values()), None)
@@ -198,12 +199,12 @@ def samples_in(what: Any) -> dict[str, Any] | None:
         return None
 
 
-def _of_samples(name: str, folder: Path, stored: dict[str, Any], n: int | None) -> Subject:
-    n = stored["n"] if n is None else n
+def _of_samples(name: str, folder: Path, stored: dict[str, Any], n: int | None, pictures: bool) -> Subject:
+    n, shape = stored["n"] if n is None else n, tuple(stored["settings"]["shape"])
     return Subject(
         name,
         n,
-        _checked_shape(stored["settings"]["shape"], name),
+        _checked_shape(shape, name) if pictures else shape,
         True,
         lambda: _stored_batches(folder, n),
         lambda few: read_samples(folder, few),

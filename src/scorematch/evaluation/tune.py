@@ -85,14 +85,14 @@ class MeasuredSampler:
         calls: the number of network calls per image.
         seconds: the time of sampling and measuring.
         figures: the figures of its images, from ``Evaluator.measure``.
-        settings: its settings, or None if the sampler was not created from settings.
+        settings: its settings.
     """
 
     sampler: str
     calls: int
     seconds: float
     figures: Figures
-    settings: SamplerSettings | None = None
+    settings: SamplerSettings
 
 
 class MeasuredTable:
@@ -109,7 +109,7 @@ class MeasuredTable:
     ) -> None:
         self._path = None if folder is None else folder / TABLE
         self._settings = as_stored(settings)
-        self.rows: dict[SamplerSettings | None, MeasuredSampler] = {}
+        self.rows: dict[SamplerSettings, MeasuredSampler] = {}
         stored = None if self._path is None else read_record(self._path, _RECORD)
         if stored is None:
             return
@@ -136,7 +136,7 @@ class MeasuredTable:
 
 def _write_row(row: MeasuredSampler) -> dict[str, Any]:
     return {
-        "settings": None if row.settings is None else row.settings.to_dict(),
+        "settings": row.settings.to_dict(),
         "sampler": row.sampler,
         "calls": row.calls,
         "seconds": row.seconds,
@@ -200,10 +200,9 @@ class Tuning:
         """The settings for the network: the recommended ones; the others are the best of each kind, and the ladder."""
         kinds: dict[str, list[MeasuredSampler]] = {}
         for row in self.rows:
-            if row.settings is not None:
-                kinds.setdefault(row.settings.sampler, []).append(row)
+            kinds.setdefault(row.settings.sampler, []).append(row)
         rows = [self.recommended, *map(self._fewest, kinds.values()), *self.ladder]
-        first, *others = dict.fromkeys((row.settings or SamplerSettings()).alone() for row in rows)
+        first, *others = dict.fromkeys(row.settings.alone() for row in rows)
         return first.alone(others)
 
     def _fewest(self, rows: Sequence[MeasuredSampler]) -> MeasuredSampler:
@@ -273,7 +272,7 @@ def tune(
         net: the network, or its name or folder, as for ``ScoreNet.from_pretrained``. It is not changed. With guidance,
             such as ``classifier_free(net, 2.0)``, the settings are measured with it, and the network is stored.
         reference: the real images or other data, as for ``evaluate``; with ``operators`` the clean images, of which n
-            are degraded.
+            are degraded, or all if there are fewer.
         settings: the settings to measure; None is ``settings_table(net, calls)``.
         calls: the largest number of network calls per image; settings with more are left out.
         n: the number of images for each of the settings.
@@ -334,7 +333,7 @@ def tune(
     shape = net.sample_shape
     if shape is None or (arrays is None and len(shape) != 3):
         raise ValueError(f"the network must draw images (C, H, W), but its sample_shape is {shape}.")
-    samplers = _samplers(net, settings_table(net, calls) if settings is None else list(settings), calls)
+    samplers = samplers_within(net, settings_table(net, calls) if settings is None else list(settings), calls)
     if takes_image(net) and not named and arrays is None:
         raise ValueError("the network restores images: name the operators to measure, such as operators=['gray'].")
     if named and not takes_image(net):
@@ -365,12 +364,12 @@ def tune(
             kept.add(MeasuredSampler(name, len(sampler), time.perf_counter() - begin, found, each))
         result = Tuning([kept.rows[each] for each in samplers], criterion.held_out, criterion.source, distance, named)
         if folder is not None and this_process().rank == 0:
-            _store(net, folder, result, n)
+            _store(net, folder, result, criterion.n)
             delete_unfinished(folder)
     return result
 
 
-def _samplers(
+def samplers_within(
     net: ScoreNet | GuidedScore, settings: Sequence[SamplerSettings], calls: int
 ) -> dict[SamplerSettings, Sampler]:
     """The samplers with at most ``calls`` network calls, by their settings."""

@@ -61,13 +61,14 @@ def classifier_two_sample_test(
         raise ValueError(f"{folds} folds need as many samples as data, at least {folds}, got {n} and {len(y)}.")
     rng = single_generator(generator)
     center, spread = y.mean(0), y.std(0)
-    spread = torch.where(spread > 0, spread, x.std(0)).clamp(min=torch.finfo(y.dtype).tiny)  # such as a border of zeros
+    spread = torch.where(spread > 0, spread, torch.cat([x, y]).std(0))  # such as a border of zeros
+    spread = torch.where(spread > 0, spread, 1)
     order = torch.stack([draw(n, n, rng), n + draw(n, n, rng)], 1).flatten().to(x.device)  # both in equal numbers
     data = ((torch.cat([x, y]) - center) / spread).float()[order]
     if data.shape[1] > _MOST:
         data = data @ standard_normal((data.shape[1], _PROJECTED), rng, data.device) / math.sqrt(data.shape[1])
     labels = (order < n).float()
-    parts = torch.arange(len(order), device=x.device).chunk(folds)
+    parts = torch.arange(len(order), device=x.device).tensor_split(folds)
     least = len(order) - max(map(len, parts))
     others = torch.stack([torch.cat([*parts[:i], *parts[i + 1 :]])[:least] for i in range(len(parts))])
     weights = _trained(data, labels, others, steps, rng)

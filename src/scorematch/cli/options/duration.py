@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scorematch.core.conditions import Parts, map_parts
 from scorematch.core.processes import this_process
-from scorematch.core.scores import attribute, device_of
+from scorematch.core.scores import attribute, device_of, inference_copy_of
 from scorematch.data.pictures import is_picture
 from scorematch.evaluation.features import Extractor
 from scorematch.sampling import ODESampler, Sampler
@@ -43,7 +43,7 @@ def announce(sampler: Sampler, n: int = 0, condition: Classes | Tensor | Parts =
 @torch.no_grad()
 def _seconds_per_call(sampler: Sampler, condition: Classes | Tensor | Parts) -> float:
     """The seconds of a network call per image."""
-    net = sampler.net
+    net = inference_copy_of(sampler.net) if sampler.precision == "auto" else sampler.net  # as it samples
     x = torch.rand(_FEW, *attribute(net, "sample_shape"), device=device_of(net))
     if isinstance(condition, int | str):
         condition = {"class": torch.full((1,), 0 if isinstance(condition, str) else condition)}
