@@ -451,6 +451,7 @@ def test_a_network_with_one_noise_level(kind):
     assert len(sampler.schedule) == 1
     assert sampler.sample(2, generator=0, progress=False).shape == (2, 1, 8, 8)
     assert len(kind(net, levels=1)) == len(sampler)
+    assert len(kind(net, restore="auto")) == len(sampler)
     with pytest.raises(ValueError, match="levels must be 1 for a schedule of one level, got 5"):
         kind(net, levels=5)
 

@@ -168,7 +168,7 @@ def test_levels_and_learned_steps_in_units_are_those_in_standard_units():
     for net, scale in ((own, 2 * own.units.typical), (standard, 1)):
         (schedule,) = schedules_of_paths(net, [4], net.schedule, n=8, generator=0, progress=False)
         chosen.append([sigma / scale for sigma in schedule])
-        (found,) = learned_settings(net, [3], net.schedule, n=8, iterations=5, batch_size=4, progress=False)
+        (found,) = learned_settings(net, [3], net.schedule, n=4, iterations=2, progress=False)
         learned.append([*found.options["coefficients"], *(sigma / scale for sigma in found.options["sigmas"])])
     assert chosen[0] == pytest.approx(chosen[1], rel=1e-5)
     assert learned[0] == pytest.approx(learned[1], rel=0.01, abs=1e-3)

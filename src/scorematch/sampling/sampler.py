@@ -493,6 +493,12 @@ def restoring_method(net: Score, restore: Restore | None) -> Method | None:
 
 
 def own_options(net: Score, sampler: str, options: SamplerOptions, *chosen: object) -> dict[str, Any] | None:
-    """The stored options of a kind of sampler, or None if there are none, or levels or any of ``chosen`` are given."""
-    given = (*chosen, options.get("levels"), options.get("sigma_max"), options.get("sigma_min"))
-    return stored_options(net, sampler) if all(each is None for each in given) else None
+    """The stored options of a kind of sampler, with those of ``options`` that are given in place of theirs.
+
+    None if there are none, or levels or any of ``chosen`` are given.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if given.keys() & {"levels", "sigma_max", "sigma_min"} or any(each is not None for each in chosen):
+        return None
+    stored = stored_options(net, sampler)
+    return None if stored is None else {**stored, **given}
