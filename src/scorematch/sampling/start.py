@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -83,8 +83,7 @@ def start(
         _check_init(init)
     generators = as_generator(generator)
     n = _count(n, init, condition, observation, generators)
-    if not isinstance(shape, tuple | None) or shape:  # () is the shape of single numbers
-        shape = check_sizes("shape", shape, "the shape of one sample, such as (3, 32, 32)")
+    shape = None if shape is None else as_shape(shape)
     sample_shape = _sample_shape(sampler.net, shape, init, observation)
     if batch_size is None:
         batch_size = max(1, _BATCH_VALUES // max(1, math.prod(sample_shape)))
@@ -128,6 +127,13 @@ def start(
         lambda: uniform((n,), generators, device),
         {},
     )
+
+
+def as_shape(shape: Any) -> tuple[int, ...]:
+    """The shape of one sample, checked; () is that of single numbers."""
+    if isinstance(shape, tuple) and not shape:
+        return ()
+    return check_sizes("shape", shape, "the shape of one sample, such as (3, 32, 32)")
 
 
 def _check_init(init: Tensor) -> None:
