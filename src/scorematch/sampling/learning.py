@@ -9,12 +9,13 @@ are a differentiable function of them; the last step leads to sigma = 0. Since t
 what the network is told about the noise of a state. The numbers minimize the mean distance of the ends x of the steps
 from the ends y of paths that were solved on many levels from the same starts,
 
-.. math:: d(x, y) = \frac{1}{D} \Bigl( \lVert x - y \rVert^2
-          + \sum_{s = 1, 2, 4} \lVert \nabla A_s (x - y) \rVert^2 \Bigr),
+.. math:: d(x, y) = \overline{(x - y)^2} + \sum_{s = 1, 2, 4} \Bigl( \overline{(\partial_1 A_s (x - y))^2}
+          + \overline{(\partial_2 A_s (x - y))^2} \Bigr),
 
-where A_s takes means of s x s pixels and the second term, of differences between neighbors, is for images only. The
-first values are the levels of ``schedules_of_paths`` and the numbers of UniPC. Adam changes them with the gradient
-through all steps, in which each network call is computed a second time, so that it needs the memory of one call.
+where the bars are means over all values, A_s takes means of s x s pixels, and the sum, of differences between neighbors
+along both sides, is for images of at least 8 x 8 pixels only. The first values are the levels of
+``schedules_of_paths`` and the numbers of UniPC. Adam changes them with the gradient through all steps, in which each
+network call is computed a second time, so that it needs the memory of one call.
 
 The result is a few dozen numbers for any batch size, precision and class. It fits one score: a guided score with
 another weight has other paths. Observations have no part in the learning, nor has new noise, which a distance of

@@ -292,8 +292,8 @@ class Sampler(ABC):
                 generator. Numbers are drawn on its device. With a list of n generators each sample has its own, and
                 does not depend on the other samples.
             noise_source: a function that takes the state x and returns the noise of a step, standard normal values of
-                x's shape, in place of random numbers. It is called once per step, before the score. Samplers that draw
-                no noise do not call it.
+                x's shape, in place of random numbers. It is called once per step, before the score, and by
+                ``DecoupledSampler`` for each proposal too. Samplers that draw no noise do not call it.
             batch_size: the number of samples per network call; None is as many as have 2^20 values together, but at
                 least 1. The result depends on it only through rounding in the network.
             progress: whether to show a progress bar.
