@@ -118,6 +118,15 @@ def test_the_numbers_are_learned_in_every_mode_of_gradients(mode):
         assert _learned(score, [2], condition={"class": 1, "shift": torch.ones(4, 2)}, **options) == expected
 
 
+def test_the_network_is_called_in_eval_mode():
+    """Dropout in training mode would use global random numbers, and batch norm would change."""
+    net = _net(dropout=0.5).train()
+    torch.nn.init.normal_(net.backbone.conv_out.weight)
+    state = torch.get_rng_state()
+    _learned(net, [2], FINE.respaced(4), n=2, iterations=1)
+    assert torch.equal(torch.get_rng_state(), state) and all(module.training for module in net.modules())
+
+
 def test_only_the_ends_of_the_paths_are_kept(monkeypatch):
     states = []
 

@@ -459,6 +459,7 @@ def test_a_string_in_place_of_sigmas_raises():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: NoiseSchedule([1.0, 0.0]), ValueError, "got 0. Leave out the level 0: samplers end with a step to it"),
         (lambda: NoiseSchedule.geometric(0.01, 50, 10), ValueError, "sigma_max > sigma_min > 0"),
         (lambda: NoiseSchedule.geometric(1, 0, 10), ValueError, "sigma_max > sigma_min > 0"),
         (lambda: NoiseSchedule.geometric(1, 0.1, 1), ValueError, "levels must be an integer of at least 2, got 1"),

@@ -94,7 +94,8 @@ class NoiseSchedule(Entries[float]):
             raise ValueError(f"sigmas must be one-dimensional with at least one level, got shape {array.shape}.")
         wrong = array[~((array >= _LOWEST) & (array <= _HIGHEST))]  # also NaN
         if len(wrong):
-            raise ValueError(f"every sigma must be positive, from {_LOWEST:g} to {_HIGHEST:g}, got {wrong[0]:g}.")
+            hint = " Leave out the level 0: samplers end with a step to it." if wrong[0] == 0 else ""
+            raise ValueError(f"every sigma must be positive, from {_LOWEST:g} to {_HIGHEST:g}, got {wrong[0]:g}.{hint}")
         if (np.diff(array) >= 0).any():
             i = int(np.argmax(np.diff(array) >= 0))
             raise ValueError(

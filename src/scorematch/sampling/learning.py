@@ -117,7 +117,7 @@ def learned_settings(
     origin, net = origin_of(net), isotropic(net)
     paths = follow(net, fine, calls, "calls", options)
     start, end = paths.states[0], paths.states[-1]  # all that is kept of the paths
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(net):
         classes = class_of_each(condition, start)
         condition = map_parts(lambda part: without_history(part).to(start.device), classes)
         x = start[:1].clone().requires_grad_()
