@@ -1092,6 +1092,18 @@ def test_a_user_defined_sampler(world):
         run(Nothing(world, SHORT), 1, shape=(3,))
 
 
+@pytest.mark.parametrize("denoise", [True, False])
+def test_steps_may_lead_to_zero(denoise, world):
+    class ToZero(Euler):
+        def steps(self, x, chain):
+            yield from super().steps(x, chain)
+            yield torch.zeros_like(x), 0.0
+
+    sampler, init = ToZero(world, SHORT, denoise=denoise), torch.randn(2, 3, generator=seed(0))
+    *_, (x, sigma) = sampler.iterate(init=init, progress=False)
+    assert sigma == 0 and not x.any() and not run(sampler, init=init).any()
+
+
 class Plain(Sampler):
     """A sampler without options of its own."""
 

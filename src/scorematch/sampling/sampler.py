@@ -361,7 +361,7 @@ class Sampler(ABC):
             self._check_state(state, torch.Size((shape[0] // chain.particles, *shape[1:])))
             x, sigma = state
             finite.record(x, max(sigma, self.schedule.sigma_min))
-            if sigma > 0:
+            if sigma > 0 or not self.denoise:
                 yield state
         if self.denoise and sigma > 0:
             x = chain.denoised(x, self.schedule.sigma_min)
