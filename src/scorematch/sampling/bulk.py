@@ -4,7 +4,8 @@ Image i has its own random generator, whose seed ``Job.seeds_of`` computes. The 
 batches: with a batch size of B, batch b has the images from b B to (b + 1) B - 1. Of m processes, the one of rank k
 draws the batches k, k + m, k + 2 m, ... An image is therefore the same in every job with the same seed, whatever the
 number of images and processes, and whether the job was interrupted or not. With the same batch size and number of
-threads it is the same bit for bit; with another batch size the results of the network are rounded differently.
+threads it is the same bit for bit, except in an incomplete batch, the first or the last: there, and with another batch
+size, the results of the network are rounded differently.
 """
 
 from __future__ import annotations
