@@ -178,11 +178,17 @@ def test_an_inference_copy_is_made_once(net, monkeypatch):
     assert torch.equal(images, _all(_ode(net.inference_copy()), 4, batch_size=1))
 
 
-def test_samples_of_any_shape():
+def test_samples_of_any_shape(tmp_path):
     sampler = ODESampler(lambda x, sigma: -x / (1 + sigma**2), SCHEDULE)
     assert _all(sampler, 3, shape=(2,)).shape == (3, 2)
     with pytest.raises(ValueError, match=r"the shape of a sample is not known: pass shape="):
         bulk_samples(sampler, 3)
+    for shape, error in ((5, TypeError), ("12", TypeError), ((2.7,), TypeError), ((-1,), ValueError)):
+        with pytest.raises(error, match="shape must be the shape of one sample, such as"):
+            bulk_samples(sampler, 3, shape=shape)
+    for n in (3, 5):  # single numbers
+        sample_to(sampler, tmp_path, n, shape=(), format="float", batch_size=2, progress=False)
+    assert torch.equal(read_samples(tmp_path, 5), _all(sampler, 5, shape=(), batch_size=2))
 
 
 @pytest.mark.cuda
@@ -253,12 +259,23 @@ def test_the_last_class_may_mean_that_there_is_none():
         (4, {"classes": 1, "n_classes": 3}, ValueError, 'n_classes is for classes="random" and classes="cycle"'),
         (4, {"classes": "all"}, TypeError, 'classes must be a class, "random", "cycle" or None, got \'all\''),
         (4, {"classes": True}, TypeError, "got True"),
+        (None, {"condition": torch.tensor(1.0)}, TypeError, r"condition must be a tensor \(m, ...\) or a dict of such"),
+        (None, {"condition": {"features": 1.0}}, TypeError, r"condition must be a tensor \(m, ...\) or a dict of such"),
     ],
 )
 def test_conditions_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, classes, options, error, message):
     for call in (bulk_samples, functools.partial(sample_to, folder=tmp_path / "out")):
         with pytest.raises(error, match=message):
             call(_ode(Levels(classes)), n=3, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_conditions_are_refused_before_anything_is_written(tmp_path):
+    sampler = ODESampler(lambda x, sigma, condition: condition - x, SCHEDULE)
+    options = {"n": 3, "condition": torch.zeros(2, 1), "shape": (1,)}
+    for call in (bulk_samples, functools.partial(sample_to, folder=tmp_path / "out", format="float")):
+        with pytest.raises(ValueError, match="condition must have one row for all samples, or one for each of 3, got"):
+            call(sampler, **options, batch_size=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -505,7 +522,7 @@ def test_a_folder_that_is_not_complete(levels, tmp_path, kind):
     ("options", "error", "message"),
     [
         ({"n": 0}, ValueError, "n must be an integer of at least 1, got 0"),
-        ({"n": 2**32 + 1}, ValueError, r"must be at most 2\^32"),
+        ({"n": 2**32 + 1}, ValueError, r"must be below 2\^32"),
         ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, got 0"),
         ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
         (

@@ -1,6 +1,7 @@
 """Annealed Langevin dynamics: the published trajectories, the distribution of the samples, and arguments."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -404,19 +405,30 @@ def test_invalid_settings_raise(arguments, error, message):
         ({"n": 2, "shape": (1,), "generator": "7"}, TypeError, r"or a seed, got '7'. Write torch.Generator\(\)"),
         ({"n": 2, "shape": (1,), "generator": [0, 0.5]}, TypeError, "or a seed, got 0.5"),
         ({"shape": (1,), "condition": "a"}, TypeError, r"condition must be a tensor, .* got str"),
-        ({"init": [0.0]}, TypeError, r"init must be a tensor \(n, ...\), got list"),
+        ({"init": [0.0]}, TypeError, r"init must be a tensor \(N, ...\), got list"),
         ({"n": 0, "shape": (1,)}, ValueError, "n must be an integer of at least 1, got 0"),
         ({"n": 2, "init": torch.zeros(3, 1)}, ValueError, "2 from n, 3 from init"),
         ({"condition": torch.zeros(2), "init": torch.zeros(3, 1)}, ValueError, "3 from init, 2 from condition"),
+        (
+            {"shape": (1,), "condition": {"class": torch.zeros(2), "image": torch.zeros(3, 1)}},
+            ValueError,
+            "2 from condition, 3 from condition",
+        ),
         ({"n": 2, "shape": (1,), "generator": [torch.Generator()]}, ValueError, "2 from n, 1 from generator"),
         ({"shape": (2,), "init": torch.zeros(3, 1)}, ValueError, r"shape of one sample of init, \(1,\), got \(2,\)"),
-        ({"init": torch.zeros(3, 1).long()}, TypeError, r"init must be floating point.*Write init.float\(\)"),
+        ({"init": torch.zeros(3, 1).long()}, TypeError, r"init must be floating point.*Write init / 255"),
+        (
+            {"init": torch.zeros(3, 1) * 1j},
+            TypeError,
+            r"init must be floating.*Write torch.cat\(\[init.real, init.imag",
+        ),
+        ({"init": torch.zeros(0, 1)}, ValueError, r"init must be a batch .* at least one sample, got shape \(0, 1\)"),
         ({"shape": (1,), "batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, got 0"),
         ({"shape": (1,), "batch_size": 2.5}, TypeError, "batch_size must be an integer of at least 1, got 2.5"),
         ({"n": True, "shape": (1,)}, TypeError, "n must be an integer of at least 1, got True"),
         ({"shape": 4}, TypeError, r"shape must be the shape of one sample, .* positive integers, got 4"),
         ({"shape": (-4,)}, ValueError, r"shape must be the shape of one sample, .* positive integers, got \(-4,\)"),
-        ({"init": torch.tensor(4.0)}, ValueError, r"init must be a batch \(n, ...\), got shape \(\)"),
+        ({"init": torch.tensor(4.0)}, ValueError, r"init must be a batch \(N, ...\) .*, got shape \(\)"),
         ({"init": torch.tensor([[math.nan]])}, ValueError, "init must be finite, got NaN or infinite values"),
     ],
 )
@@ -441,6 +453,20 @@ def test_integers_of_numpy_and_of_torch(world):
 def test_noise_of_another_shape_raises(world):
     with pytest.raises(ValueError, match=r"noise must have the shape of x, \(2, 3\), got \(2, 1\)"):
         run(AnnealedLangevinSampler(world, SHORT), 2, shape=(3,), noise_source=lambda x: torch.zeros(2, 1))
+    with pytest.raises(TypeError, match="noise_source must return a tensor, got ndarray"):
+        run(AnnealedLangevinSampler(world, SHORT), 2, shape=(3,), noise_source=lambda x: np.zeros(x.shape))
+
+
+def test_the_memory_of_a_run_does_not_grow_with_the_number_of_levels():
+    levels = []
+
+    def score(x, sigma):
+        levels.append(weakref.ref(sigma))
+        assert len({id(level()) for level in levels} - {id(None)}) <= 2
+        return -x
+
+    run(AnnealedLangevinSampler(score, SHORT), 2, shape=(3,))
+    assert len(levels) > len(SHORT)
 
 
 @pytest.mark.parametrize("kind", [AnnealedLangevinSampler, ODESampler, AncestralSampler])
@@ -451,6 +477,7 @@ def test_a_network_with_one_noise_level(kind):
     assert len(sampler.schedule) == 1
     assert sampler.sample(2, generator=0, progress=False).shape == (2, 1, 8, 8)
     assert len(kind(net, levels=1)) == len(sampler)
+    assert len(kind(net, restore="auto")) == len(sampler)
     with pytest.raises(ValueError, match="levels must be 1 for a schedule of one level, got 5"):
         kind(net, levels=5)
 

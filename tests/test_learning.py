@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import warnings
+import weakref
 from functools import partial
 
 import pytest
@@ -16,7 +17,8 @@ from scorematch.evaluation import few_calls, settings_learned
 from scorematch.evaluation.exact import Gaussian
 from scorematch.guidance import classifier_free
 from scorematch.restoration import Mask, Observation
-from scorematch.sampling import ODESampler, SamplerSettings, learned_settings, recommended_sampler
+from scorematch.sampling import ODESampler, SamplerSettings, learned_settings, learning, recommended_sampler
+from scorematch.sampling.levels import follow
 from scorematch.sampling.multistep import METHODS, learned_lengths, plan
 from scorematch.sampling.origin import origin_of
 from tests.helpers import point, refused, run, seed
@@ -105,6 +107,40 @@ def test_the_same_seed_gives_the_same_numbers():
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_the_numbers_are_learned_in_every_mode_of_gradients(mode):
+    def score(x, sigma, condition):
+        return (condition["shift"] * condition["class"][:, None] - x) / (1 + sigma**2)
+
+    options = {"n": 4, "iterations": 2, "batch_size": 2, "shape": (2,)}
+    expected = _learned(score, [2], condition={"class": 1, "shift": torch.ones(4, 2)}, **options)
+    with mode():
+        assert _learned(score, [2], condition={"class": 1, "shift": torch.ones(4, 2)}, **options) == expected
+
+
+def test_the_network_is_called_in_eval_mode():
+    """Dropout in training mode would use global random numbers, and batch norm would change."""
+    net = _net(dropout=0.5).train()
+    torch.nn.init.normal_(net.backbone.conv_out.weight)
+    state = torch.get_rng_state()
+    _learned(net, [2], FINE.respaced(4), n=2, iterations=1)
+    assert torch.equal(torch.get_rng_state(), state) and all(module.training for module in net.modules())
+
+
+def test_only_the_ends_of_the_paths_are_kept(monkeypatch):
+    states = []
+
+    def recorded(*arguments):
+        paths = follow(*arguments)
+        states.extend(map(weakref.ref, paths.states))
+        return paths
+
+    monkeypatch.setattr(learning, "follow", recorded)
+    learned = learned_settings(point, [2], FINE, n=2, iterations=1, shape=(1,), progress=False)
+    assert len(states) == len(FINE) + 1 and sum(state() is not None for state in states) == 2
+    assert len(next(learned).options["sigmas"]) == 2
+
+
 @pytest.mark.slow
 def test_learned_settings_survive_saving_and_a_bfloat16_copy(tmp_path):
     net = _net()
@@ -181,6 +217,7 @@ def test_settings_learned_for_another_network_or_guidance_give_a_warning(tmp_pat
         (lambda: _learned(point, 4), "calls must be a list of one or more numbers, got 4. Write"),
         (lambda: _learned(point, [1]), "calls must be an integer of at least 2, got 1"),
         (lambda: _learned(point, [40], n=2, shape=(1,)), "calls must be below the number of fine levels, 40, got 40"),
+        (lambda: _learned(point, [3], n=2, generator=seed(0)), "generator must be an integer, got"),
         (lambda: _learned(_net().inference_copy(), [3], n=2), "the network itself, not an inference copy"),
         (
             lambda: _learned(lambda x, sigma: -x.detach(), [3], n=2, shape=(1,)),

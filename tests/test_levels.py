@@ -152,6 +152,23 @@ def test_every_kind_of_sampler_finds_its_own_settings():
     assert str(found).endswith("(4 levels 20 -> 0.02, ancestral, 1 corrector step, snr 0.1, 7 network calls)")
     assert PredictorCorrectorSampler(net, levels=5).snr == 0.16
     assert [AncestralSampler(net, levels=n).variance for n in (None, 5)] == ["small", "large"]
+    assert len(PredictorCorrectorSampler(net, levels=None)) == 7  # None leaves an option out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"churn_min": 0.5}, "churn_min, churn_max and churn_noise need churn"),
+        ({"churn_max": 5.0}, "churn_min, churn_max and churn_noise need churn"),
+        ({"churn_noise": 1.01}, "churn_min, churn_max and churn_noise need churn"),
+        ({"data_mean": [0.5]}, "pass both data_mean and data_spectrum"),
+    ],
+)
+def test_an_option_that_needs_another_is_refused_beside_stored_settings_too(option, message):
+    net = ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, schedule=FINE)
+    net.sampler_settings = SamplerSettings("ode", levels=3)
+    with pytest.raises(ValueError, match=message):
+        ODESampler(net, **option)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +184,8 @@ def test_every_kind_of_sampler_finds_its_own_settings():
         (lambda: ODESampler(point, sigmas=[1.0, 0.0]), "sigmas must be a list .* each a number of more than 0"),
         (lambda: SamplerSettings("ode", sigmas=[1.0, 2.0]), "^sigmas must be strictly descending"),
         (lambda: SamplerSettings("ode", sigmas=[]), "sigmas must be a list"),
+        (lambda: SamplerSettings("ode", churn_min=1.0), "^churn_min, churn_max and churn_noise need churn above 0"),
+        (lambda: SamplerSettings("ode", method="unipc", churn=1.0), "^churn is for Heun's method, got 1.0 with 'uni"),
         (
             lambda: SamplerSettings("ode", sigmas=[3.0, 2.0, 1.0], method="unipc", eta=[1.0]),
             "^eta must have one number for each of the 2 steps from level to level, got 1",

@@ -249,6 +249,8 @@ def test_a_weight_is_a_number_for_each_noise_level(loss, rng):
     given = {"sigma": torch.tensor([0.1, 0.2, 0.3, 0.4]), "generator": 0, "reduction": "none"}
     ones = loss(lambda x, sigma: -x, x, weighting=torch.ones_like, **given)
     assert torch.equal(loss(lambda x, sigma: -x, x, weighting=lambda sigma: 1.0, **given), ones)
+    double = loss(lambda x, sigma: -x, x, weighting=lambda sigma: np.ones(4), **given)
+    assert double.dtype == torch.float32 and torch.equal(double, ones)
     with pytest.raises(ValueError, match=r"must return a number for each noise level, \(4,\), got shape \(4, 1\)"):
         loss(lambda x, sigma: -x, x, weighting=lambda sigma: sigma[:, None], **given)
 

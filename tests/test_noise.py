@@ -459,6 +459,7 @@ def test_a_string_in_place_of_sigmas_raises():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: NoiseSchedule([1.0, 0.0]), ValueError, "got 0. Leave out the level 0: samplers end with a step to it"),
         (lambda: NoiseSchedule.geometric(0.01, 50, 10), ValueError, "sigma_max > sigma_min > 0"),
         (lambda: NoiseSchedule.geometric(1, 0, 10), ValueError, "sigma_max > sigma_min > 0"),
         (lambda: NoiseSchedule.geometric(1, 0.1, 1), ValueError, "levels must be an integer of at least 2, got 1"),
@@ -484,6 +485,7 @@ def test_a_string_in_place_of_sigmas_raises():
         (lambda: NoiseSchedule([1.0, 0.1]).chain_variance(0.03, 3), ValueError, "between 0 and 2 sigma_min"),
         (lambda: NoiseSchedule.from_dict({"levels": 3}), ValueError, r'be a dict \{"sigmas": \[...\]\}, got .*levels'),
         (lambda: NoiseSchedule.from_data(torch.zeros(2, 3).long()), TypeError, "Write images / 255"),
+        (lambda: NoiseSchedule.from_data(torch.zeros(2, 3) * 1j), TypeError, r"torch.cat\(\[images.real, images.imag"),
         (lambda: NoiseSchedule.from_data(torch.zeros(1, 3)), ValueError, "at least two images"),
         (lambda: NoiseSchedule.from_data(torch.zeros(5, 3)), ValueError, "largest distance between two images is 0"),
         (lambda: NoiseSchedule.from_data(torch.tensor([[0.0], [math.nan]])), ValueError, "NaN or infinity"),

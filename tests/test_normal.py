@@ -176,6 +176,8 @@ def test_the_moments_are_stored_and_checked():
     for wrong in (images[:1], images / 0):
         with pytest.raises(ValueError, match=r"two or more samples .* without NaN"):
             data_moments(wrong)
+    half = (1000 * images).half()  # the variance is beyond the range of float16
+    assert data_moments(half) == data_moments(half.float())
     with pytest.raises(TypeError, match=r"data must be floating point, .* Write data / 255 for 8-bit images"):
         data_moments(images.long())
     one = ODESampler(normal_score, sigmas=[0.7], method="dpm-solver++", **MOMENTS)  # no steps but the denoising

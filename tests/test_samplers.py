@@ -1055,6 +1055,22 @@ def test_another_number_of_levels_keeps_the_kind_of_sampling_and_the_exponent():
     assert sampler.step_size == sampler.schedule.suggest_step_size(2)
 
 
+@pytest.mark.parametrize("kind", list(SAMPLERS.values()))
+def test_states_are_float32_whatever_the_default_dtype_is(kind):
+    def score(x, sigma):
+        assert x.dtype == sigma.dtype == torch.float32
+        return -x / (1 + sigma**2)
+
+    seen = Observation(Mask(torch.tensor([True, False])), torch.ones(1, 2), sigma=0.1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for observation in (None, seen):
+            x = run(kind(score, SHORT.respaced(3)), 2, shape=(2,), observation=observation, generator=0)
+            assert x.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 # -- User-defined samplers
 
 
@@ -1090,6 +1106,18 @@ def test_a_user_defined_sampler(world):
 
     with pytest.raises(NotImplementedError, match="Nothing must define step or steps"):
         run(Nothing(world, SHORT), 1, shape=(3,))
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+def test_steps_may_lead_to_zero(denoise, world):
+    class ToZero(Euler):
+        def steps(self, x, chain):
+            yield from super().steps(x, chain)
+            yield torch.zeros_like(x), 0.0
+
+    sampler, init = ToZero(world, SHORT, denoise=denoise), torch.randn(2, 3, generator=seed(0))
+    *_, (x, sigma) = sampler.iterate(init=init, progress=False)
+    assert sigma == 0 and not x.any() and not run(sampler, init=init).any()
 
 
 class Plain(Sampler):

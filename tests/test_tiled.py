@@ -1,5 +1,6 @@
 """Tiles of samples that are larger than those of a network: against exact scores, and with networks and samplers."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -113,6 +114,25 @@ def test_conditions_go_to_the_tiles(kind):
     assert Tiled(net).conditioning == net.conditioning != Condition()
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5])
+def test_a_call_of_the_network_has_at_most_the_number_of_tiles_that_was_asked_for(batch_size):
+    """Also if there are more samples than that."""
+    calls = []
+
+    def score(x, sigma, condition):
+        calls.append(len(x))
+        return -sigma.view(-1, 1, 1, 1) * x + condition["shift"] + condition["class"].view(-1, 1, 1, 1)
+
+    x, sigma = torch.rand(5, 1, 8, 12, generator=seed()), torch.rand(5, generator=seed(1)) + 0.1
+    given = {"shift": torch.rand(5, 1, 8, 12, generator=seed(2)), "class": torch.arange(5)}
+    expected = score(x, sigma, given)
+    calls.clear()
+    torch.testing.assert_close(Tiled(score, np.int64(8), 2, batch_size=batch_size)(x, sigma, given), expected)
+    assert max(calls) <= batch_size and sum(calls) == 10
+    with pytest.raises(ValueError, match=r"sigma must be a float, \(\) or \(5,\) like the batch, got shape \(6,\)"):
+        Tiled(score, 8, 2, batch_size=batch_size)(x, torch.ones(6), given)
+
+
 @pytest.mark.slow
 def test_batches_of_tiles_have_the_gradient_of_all_at_once_with_less_memory(monkeypatch):
     calls, net, x = [], _net(), torch.rand(1, 1, 16, 16, generator=seed())
@@ -153,6 +173,8 @@ def test_a_tiled_score_has_the_attributes_of_its_network():
     assert tiled.schedule is net.schedule and tiled.value_range == net.value_range and tiled.sample_shape is None
     copied = tiled.inference_copy()
     assert copied.is_inference_copy and not tiled.is_inference_copy and (copied.size, copied.overlap) == (8, 3)
+    with pytest.raises(ValueError, match="compile=True needs a ScoreNet"):
+        Tiled(lambda x, sigma: x, 8).inference_copy(compile=True)
 
 
 @pytest.mark.parametrize(

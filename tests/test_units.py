@@ -18,7 +18,14 @@ from scorematch.loss import sliced_score_matching_loss
 from scorematch.nets.precondition import ROWS, Preconditioning, Units
 from scorematch.restoration import Linear, Mask, Observation
 from scorematch.restoration.methods import METHODS
-from scorematch.sampling import AncestralSampler, DecoupledSampler, ODESampler, ParticleSampler
+from scorematch.sampling import (
+    AncestralSampler,
+    DecoupledSampler,
+    ODESampler,
+    ParticleSampler,
+    learned_settings,
+    schedules_of_paths,
+)
 from scorematch.training.levels import weighting_for
 from tests.helpers import seed
 
@@ -163,6 +170,18 @@ def test_the_error_of_denoised_data_is_in_the_units_of_the_data():
     noise = sigma * own.units.noise(x) * torch.randn(200, 3, generator=seed(1))
     expected = (own.denoise(x + noise, sigma) - x).square().mean().sqrt().item()
     assert row.denoised == pytest.approx(expected, rel=0.2)
+
+
+def test_levels_and_learned_steps_in_units_are_those_in_standard_units():
+    own, standard, *_ = points()
+    chosen, learned = [], []
+    for net, scale in ((own, 2 * own.units.typical), (standard, 1)):
+        (schedule,) = schedules_of_paths(net, [4], net.schedule, n=8, generator=0, progress=False)
+        chosen.append([sigma / scale for sigma in schedule])
+        (found,) = learned_settings(net, [3], net.schedule, n=4, iterations=2, progress=False)
+        learned.append([*found.options["coefficients"], *(sigma / scale for sigma in found.options["sigmas"])])
+    assert chosen[0] == pytest.approx(chosen[1], rel=1e-5)
+    assert learned[0] == pytest.approx(learned[1], rel=0.01, abs=1e-3)
 
 
 RESTORING = {

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument, check_count
-from scorematch.core.batches import is_outside
+from scorematch.core.batches import check_data, is_outside
 from scorematch.core.provenance import Entries
 from scorematch.core.randomness import single_generator
 from scorematch.core.scores import attribute
@@ -94,7 +94,8 @@ class NoiseSchedule(Entries[float]):
             raise ValueError(f"sigmas must be one-dimensional with at least one level, got shape {array.shape}.")
         wrong = array[~((array >= _LOWEST) & (array <= _HIGHEST))]  # also NaN
         if len(wrong):
-            raise ValueError(f"every sigma must be positive, from {_LOWEST:g} to {_HIGHEST:g}, got {wrong[0]:g}.")
+            hint = " Leave out the level 0: samplers end with a step to it." if wrong[0] == 0 else ""
+            raise ValueError(f"every sigma must be positive, from {_LOWEST:g} to {_HIGHEST:g}, got {wrong[0]:g}.{hint}")
         if (np.diff(array) >= 0).any():
             i = int(np.argmax(np.diff(array) >= 0))
             raise ValueError(
@@ -231,11 +232,8 @@ class NoiseSchedule(Entries[float]):
                 f"images must be a tensor or an array (N, ...), got {type(images).__name__}. A batch of a data set "
                 "with labels is [x, y]: pass its first entry. For a list of images, write torch.stack(images)."
             ) from error
-        if not data.is_floating_point():
-            raise TypeError(
-                f"images must be floating point in [0, 1], got {data.dtype}. Write images / 255 for 8-bit images."
-            )
-        if data.ndim < 2 or len(data) < 2:
+        check_data(data, "images")
+        if len(data) < 2:
             raise ValueError(f"images must be (N, ...) with at least two images, got shape {tuple(data.shape)}.")
         check_count("max_images", max_images, 2)
         if value_range == "auto":

@@ -88,8 +88,13 @@ def joined(conditions: Sequence[Any]) -> Any:
 
 def length(condition: Given) -> int | None:
     """The number of samples of a condition; None for one of any number, such as an int."""
+    return next(iter(lengths(condition)), None)
+
+
+def lengths(condition: Given) -> list[int]:
+    """The number of samples of each part of a condition that is not for any number of them."""
     parts = condition.values() if isinstance(condition, Mapping) else [condition]
-    return next((len(part) for part in parts if isinstance(part, Tensor) and part.ndim), None)
+    return [len(part) for part in parts if isinstance(part, Tensor) and part.ndim]
 
 
 def takes_image(net: object) -> bool:

@@ -215,7 +215,7 @@ _METADATA: Mapping[str, Field] = {
 _SETTINGS: Mapping[str, Field] = {
     "batch_size": Field(int, required=True, low=1, high=2**31),
     "format": Field(str, required=True, choices=get_args(Format)),
-    "shape": Field(list, required=True, low=1, high=16, each=Field(int, low=1, high=65_536)),
+    "shape": Field(list, required=True, high=16, each=Field(int, low=1, high=65_536)),
 }
 
 
@@ -258,7 +258,7 @@ def stored_samples(
     if n > stored["n"]:
         raise ValueError(f"{folder} has {stored['n']} samples, fewer than n={n}.")
     settings = stored["settings"]
-    files, channels = FORMATS[settings["format"]](Path(folder, IMAGES).expanduser()), settings["shape"][0]
+    files, channels = FORMATS[settings["format"]](Path(folder, IMAGES).expanduser()), [*settings["shape"], 0][0]
     batches = list(ranges(n, settings["batch_size"], checked_process(process)))
     if not all(map(files.exist, batches)):
         found = sum(map(files.count, ranges(n, settings["batch_size"], Process(0, 1))))

@@ -93,6 +93,10 @@ def classifier_free(
     Returns:
         A score, ``score(x, sigma, condition)``, with the condition of net, which must be given.
 
+    Raises:
+        TypeError: if net is not callable.
+        ValueError: if net has no null class, or the weight, the interval or rescale is out of range.
+
     Example:
         >>> from scorematch import NoiseSchedule, ScoreNet
         >>> from scorematch.sampling import ODESampler

@@ -28,10 +28,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from scorematch.core.arguments import argument, check_count, check_sizes
-from scorematch.core.batches import check_data
-from scorematch.core.conditions import as_condition, map_parts
+from scorematch.core.batches import as_sigma, check_data
+from scorematch.core.conditions import as_condition, map_parts, rows_of
 from scorematch.core.derived import DerivedScore, call
-from scorematch.core.scores import Given, Score, attribute, inference_copy_of
+from scorematch.core.json_files import native
+from scorematch.core.scores import Given, Score, attribute, has_inference_copy, inference_copy_of
 
 # The largest number of values in one network call by default, and in one whose gradient is computed: 21 tiles of 32x32
 # pixels in color, for which a U-Net of 8 million parameters keeps 0.8 GB.
@@ -77,7 +78,7 @@ class Tiled(DerivedScore):
         shape = attribute(net, "sample_shape")
         if size is None and shape is None:
             raise ValueError(f"the size of the samples of net is not known. Write {argument('size', 64, of='Tiled')}.")
-        given = shape[1:] if size is None else size
+        given = native(shape[1:] if size is None else size)
         self.size: int | tuple[int, ...] = (
             check_count("size", given) if isinstance(given, int) else check_sizes("size", given, "one for each axis")
         )
@@ -90,7 +91,13 @@ class Tiled(DerivedScore):
     sample_shape: tuple[int, ...] | None = None  # samples of any size that is not below that of a tile
 
     def inference_copy(self, *, compile: bool = False) -> Tiled:  # noqa: A002  (torch's word)
-        """The tiles of the inference copy of its network."""
+        """The tiles of the inference copy of its network.
+
+        Raises:
+            ValueError: for ``compile=True`` if its network cannot be compiled.
+        """
+        if compile and not has_inference_copy(self.net):
+            raise ValueError("compile=True needs a ScoreNet. For any other score, pass torch.compile(net).")
         net = inference_copy_of(self.net, compile=compile)
         return Tiled(net, self.size, self.overlap, batch_size=self.batch_size)
 
@@ -128,15 +135,24 @@ class Tiled(DerivedScore):
         given = as_condition(condition, x, self.conditioning)
         wide = torch.promote_types(x.dtype, torch.float32)  # weighted scores exceed the range of float16
         weight = _weight(sides).to(x.device, wide)
-        total = torch.zeros_like(x[:1, :1], dtype=wide)
-        sums = [torch.zeros_like(x, dtype=wide) for _ in range(1 + variance)]
         gradient = x.requires_grad and torch.is_grad_enabled()
         values = _WITH_GRADIENT if gradient else _VALUES
         batch = max(1, values // (x.shape[1] * weight.numel())) if self.batch_size is None else self.batch_size
-        at_once = max(1, batch // len(x))
+        levels = as_sigma(sigma, x) if isinstance(sigma, Tensor) and sigma.ndim else None  # of each sample
+        if len(x) > batch:  # one tile of each sample is too many
+            parts = [
+                self._outputs(
+                    x[rows], sigma if levels is None else levels[rows], rows_of(given, rows), variance=variance
+                )
+                for rows in (slice(i, i + batch) for i in range(0, len(x), batch))
+            ]
+            return tuple(map(torch.cat, zip(*parts, strict=True)))
+        total = torch.zeros_like(x[:1, :1], dtype=wide)
+        sums = [torch.zeros_like(x, dtype=wide) for _ in range(1 + variance)]
+        at_once = batch // len(x)
         for some in (tiles[i : i + at_once] for i in range(0, len(tiles), at_once)):
             cut = torch.cat([x[tile] for tile in some])
-            level = sigma.repeat(len(some)) if isinstance(sigma, Tensor) and sigma.ndim == 1 else sigma
+            level = sigma if levels is None else levels.repeat(len(some))
             arguments = (self.net, cut, level, _of_tiles(given, some, x))
             if gradient and len(some) < len(tiles):
                 # The network is called again in the backward pass, for one batch at a time.

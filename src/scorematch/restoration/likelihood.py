@@ -125,7 +125,7 @@ class Likelihood(Restoration):
                 p = p + leap / 2 * pull
             after = potential + (_square(moved) + _square(p)) / 2
             accepted = uniform().log() < before - after  # False for NaN
-            angle = (angle * torch.where(accepted, _LARGER, _SMALLER)).clamp(max=1.0)
+            angle = torch.where(accepted, angle * _LARGER, angle * _SMALLER).clamp(max=1.0)
             energy = torch.where(accepted, potential, energy)
             q, force = (torch.where(accepted.view(each), *pair) for pair in ((moved, q), (pull, force)))
         return center + deviation * q, angle

@@ -45,7 +45,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -118,8 +118,7 @@ class AncestralSampler(Sampler):
     ) -> None:
         own = own_options(net, "ancestral", options, schedule, variance, clamp_denoised)
         if own is not None:
-            given: dict[str, Any] = {"variance": "large", **own, **options}
-            AncestralSampler.__init__(self, net, **given)
+            AncestralSampler.__init__(self, net, **{"variance": "large", **own})
             return
         variance, clamp_denoised = variance or "large", bool(clamp_denoised)
         self.variance = variance

@@ -4,7 +4,8 @@ Image i has its own random generator, whose seed ``Job.seeds_of`` computes. The 
 batches: with a batch size of B, batch b has the images from b B to (b + 1) B - 1. Of m processes, the one of rank k
 draws the batches k, k + m, k + 2 m, ... An image is therefore the same in every job with the same seed, whatever the
 number of images and processes, and whether the job was interrupted or not. With the same batch size and number of
-threads it is the same bit for bit; with another batch size the results of the network are rounded differently.
+threads it is the same bit for bit, except in an incomplete batch, the first or the last: there, and with another batch
+size, the results of the network are rounded differently.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from scorematch.core.arguments import argument, check_count
 from scorematch.core.conditions import Parts, as_condition, length, map_parts
 from scorematch.core.json_files import native
+from scorematch.core.messages import quote
 from scorematch.core.processes import checked_process
 from scorematch.core.provenance import __version__, identity
 from scorematch.core.randomness import seed_of
@@ -26,6 +28,7 @@ from scorematch.core.scores import attribute, inference_copy_of
 from scorematch.data.samples import Batch, ranges
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.sampler import Sampler
+from scorematch.sampling.start import as_shape
 
 __all__ = ["bulk_samples"]
 
@@ -145,7 +148,7 @@ class Job:
         if shape is None:
             raise ValueError("the shape of a sample is not known: pass shape=, without the batch axis.")
         self.sampler, self.seed, self.batch_size, self.classes = sampler, seed, batch_size, classes
-        self.shape = tuple(map(int, shape))
+        self.shape = as_shape(shape)
         self.condition = self._named(condition)
         self.n_classes = self._check_classes(n_classes)
         given = self._with_class(self.condition, classes if self.n_classes is None else self.n_classes - 1)
@@ -157,8 +160,9 @@ class Job:
         """The condition on the CPU; as a dict if the network also takes classes."""
         if condition is None:
             return None
-        if not isinstance(condition, Tensor | dict):
-            raise TypeError(f"condition must be a tensor (m, ...) or a dict, got {type(condition).__name__}.")
+        parts = condition.values() if isinstance(condition, dict) else [condition]
+        if not all(isinstance(part, Tensor) and part.ndim for part in parts):
+            raise TypeError(f"condition must be a tensor (m, ...) or a dict of such tensors, got {quote(condition)}.")
         takes = attribute(self.sampler.net, "conditioning")
         others = [] if takes is None else [name for name in takes.parts() if name != "class"]
         if self.classes is not None and (takes is None or takes.classes is None or not others):
@@ -197,14 +201,18 @@ class Job:
     def samples(self, n: int, *, first: int = 0, process: tuple[int, int] | None = None) -> Iterator[Batch]:
         """Draws images batch by batch, as ``bulk_samples`` does."""
         n, first = check_count("n", n), check_count("first", first, 0)
+        self.check(n, first)
+        return self.draw(ranges(n, self.batch_size, checked_process(process), first=first))
+
+    def check(self, n: int, first: int = 0) -> None:
+        """Raises ValueError if there are not n images from ``first`` on, for want of conditions or of seeds."""
         if self._samples is not None and 1 != self._samples < first + n:
             raise ValueError(
                 f"{argument('condition')} must have one row for all samples, or one for each of {first + n}, got "
                 f"{self._samples}."
             )
         if first + n > SEEDS:
-            raise ValueError(f"first + n must be at most 2^32, got {first + n}.")
-        return self.draw(ranges(n, self.batch_size, checked_process(process), first=first))
+            raise ValueError(f"the numbers of images must be below 2^32, got {n} images from {first} on.")
 
     def draw(self, batches: Iterable[range]) -> Iterator[Batch]:
         """Yields the batch of each range of images. Each range is requested just before its batch is drawn."""

@@ -39,7 +39,7 @@ class Chain:
     def __init__(self, net: Score, run: Run, count: Callable[[], object]) -> None:
         self._net, self._run, self._count = net, run, count
         self._takes_floats = has_inference_copy(net)
-        self._sigmas: dict[float, Tensor] = {}
+        self._level: tuple[float, Tensor] | None = None  # the last one, as a tensor
         self._z: Tensor | None = None  # the noise of the last step or replacement
 
     def __call__(self, x: Tensor, sigma: float, *, stay: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,6 +80,8 @@ class Chain:
     def noise(self, x: Tensor) -> Tensor:
         """Standard normal noise of x's shape; for a sampler with ``draws_noise = False``, the noise of its start."""
         z = self._run.noise_source(x)
+        if not isinstance(z, Tensor):
+            raise TypeError(f"noise_source must return a tensor, got {type(z).__name__}. Write torch.as_tensor(noise).")
         if z.shape != x.shape:
             raise ValueError(
                 f"noise must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)} from noise_source."
@@ -197,9 +199,9 @@ class Chain:
         return torch.add(x, scores, alpha=sigma**2, out=scores)
 
     def _tensor(self, sigma: float, x: Tensor) -> Tensor:
-        if sigma not in self._sigmas:
-            self._sigmas[sigma] = torch.full((), sigma, dtype=x.dtype, device=x.device)
-        return self._sigmas[sigma]
+        if self._level is None or self._level[0] != sigma:
+            self._level = sigma, torch.full((), sigma, dtype=x.dtype, device=x.device)
+        return self._level[1]
 
     def _for_rows(self, part: slice, function: Callable[..., Any]) -> Callable[[Tensor, Any], Any]:
         """A function of x, sigma and the condition as one of x and sigma, for some rows of the condition."""

@@ -131,7 +131,7 @@ class DecoupledSampler(Sampler):
         return self._given(x, chain, likelihood) if isinstance(likelihood, Likelihood) else super().steps(x, chain)
 
     def _given(self, x: Tensor, chain: Chain, likelihood: Likelihood) -> Iterator[tuple[Tensor, float]]:
-        clean, angle = None, torch.full((len(x),), 0.5, device=x.device)
+        clean, angle = None, x.new_full((len(x),), 0.5)
         for sigma, sigma_next in itertools.pairwise(self.schedule):
             z = chain.noise(x)
             center = torch.add(x, chain.prior(x, sigma), alpha=sigma**2)

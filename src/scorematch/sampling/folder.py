@@ -37,7 +37,7 @@ from scorematch.data.samples import (
     read_metadata,
     stem,
 )
-from scorematch.sampling.bulk import SEEDS, Classes, Job
+from scorematch.sampling.bulk import Classes, Job
 from scorematch.sampling.sampler import Sampler
 
 __all__ = ["sample_to"]
@@ -136,8 +136,7 @@ class SampleFolder:
         about: Mapping[str, str] | None = None,
     ) -> None:
         n = check_count("n", n)
-        if n > SEEDS:
-            raise ValueError(f"{argument('n')} must be at most 2^32, got {n}.")
+        job.check(n)
         check_choice("format", format, FORMATS)
         value_range = attribute(job.sampler.net, "value_range")
         pictures = format != "float"

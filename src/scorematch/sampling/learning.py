@@ -9,12 +9,13 @@ are a differentiable function of them; the last step leads to sigma = 0. Since t
 what the network is told about the noise of a state. The numbers minimize the mean distance of the ends x of the steps
 from the ends y of paths that were solved on many levels from the same starts,
 
-.. math:: d(x, y) = \frac{1}{D} \Bigl( \lVert x - y \rVert^2
-          + \sum_{s = 1, 2, 4} \lVert \nabla A_s (x - y) \rVert^2 \Bigr),
+.. math:: d(x, y) = \overline{(x - y)^2} + \sum_{s = 1, 2, 4} \Bigl( \overline{(\partial_1 A_s (x - y))^2}
+          + \overline{(\partial_2 A_s (x - y))^2} \Bigr),
 
-where A_s takes means of s x s pixels and the second term, of differences between neighbors, is for images only. The
-first values are the levels of ``schedules_of_paths`` and the numbers of UniPC. Adam changes them with the gradient
-through all steps, in which each network call is computed a second time, so that it needs the memory of one call.
+where the bars are means over all values, A_s takes means of s x s pixels, and the sum, of differences between neighbors
+along both sides, is for images of at least 8 x 8 pixels only. The first values are the levels of
+``schedules_of_paths`` and the numbers of UniPC. Adam changes them with the gradient through all steps, in which each
+network call is computed a second time, so that it needs the memory of one call.
 
 The result is a few dozen numbers for any batch size, precision and class. It fits one score: a guided score with
 another weight has other paths. Observations have no part in the learning, nor has new noise, which a distance of
@@ -37,13 +38,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from scorematch.core.arguments import check_count
-from scorematch.core.conditions import rows_of
+from scorematch.core.arguments import check_count, check_integer
+from scorematch.core.batches import without_history
+from scorematch.core.conditions import class_of_each, map_parts, rows_of
 from scorematch.core.derived import isotropic
 from scorematch.core.precision import autocast
 from scorematch.core.scores import Given, Score, attribute, check_differentiable, evaluating, score_at
 from scorematch.noise import NoiseSchedule
-from scorematch.sampling.levels import Paths, follow, straightest
+from scorematch.sampling.levels import follow, straightest
 from scorematch.sampling.multistep import METHODS, learned_lengths, learned_steps, multistep, plan
 from scorematch.sampling.origin import origin_of
 from scorematch.sampling.settings import SamplerSettings
@@ -105,45 +107,54 @@ def learned_settings(
         (3, 6)
     """
     n, iterations = check_count("n", n), check_count("iterations", iterations)
+    seed = check_integer("generator", generator)
     batch_size = min(n, check_count("batch_size", batch_size))
-    options = {"n": n, "shape": shape, "condition": condition, "generator": generator, "progress": progress}
+    options = {"n": n, "shape": shape, "condition": condition, "generator": seed, "progress": progress}
     if attribute(net, "is_inference_copy"):  # it computes what depends on the level once, without a gradient
         raise ValueError(
             "net must be differentiable in the noise level: pass the network itself, not an inference copy."
         )
     origin, net = origin_of(net), isotropic(net)
     paths = follow(net, fine, calls, "calls", options)
-    with torch.enable_grad():
-        x = paths.states[0][:1].clone().requires_grad_()
+    start, end = paths.states[0], paths.states[-1]  # all that is kept of the paths
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(net):
+        classes = class_of_each(condition, start)
+        condition = map_parts(lambda part: without_history(part).to(start.device), classes)
+        x = start[:1].clone().requires_grad_()
         check_differentiable(score_at(net, x, x.new_tensor(paths.sigmas[0]), rows_of(condition, slice(1))), "net")
-    learned = _learned(net, calls, paths, condition, iterations, batch_size, generator, progress)
-    return (SamplerSettings("ode", method="unipc", learned_for=origin, **numbers.rounded()) for numbers in learned)
+    found = (
+        _fitted(net, sigmas, start, end, condition, iterations, batch_size, seed, progress)
+        for sigmas in straightest(paths, calls)
+    )
+    return (SamplerSettings("ode", method="unipc", learned_for=origin, **each.rounded()) for each in found)
 
 
-def _learned(
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _fitted(
     net: Score,
-    calls: Sequence[int],
-    paths: Paths,
+    sigmas: Sequence[float],
+    start: Tensor,
+    end: Tensor,
     condition: Given,
     iterations: int,
     batch_size: int,
     seed: int,
     progress: bool,
-) -> Iterator[_Numbers]:
-    start, end = paths.states[0], paths.states[-1]
-    for count, sigmas in zip(calls, straightest(paths, calls), strict=True):
-        numbers, order = _Numbers(sigmas, start.device), torch.Generator().manual_seed(seed)
-        optimizer = torch.optim.Adam(numbers.groups(), betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-        for _ in tqdm(range(iterations), f"{count} calls", disable=not progress):
-            rows = torch.randperm(len(start), generator=order)[:batch_size].to(start.device)
-            with evaluating(net):
-                x = numbers.solve(net, start[rows], rows_of(condition, rows))
-                _distance(x, end[rows]).backward(inputs=numbers.all)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        yield numbers
+) -> _Numbers:
+    """The numbers that are learned from these levels."""
+    numbers, order = _Numbers(sigmas, start.device), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(numbers.groups(), betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    for _ in tqdm(range(iterations), f"{len(sigmas)} calls", disable=not progress):
+        rows = torch.randperm(len(start), generator=order)[:batch_size].to(start.device)
+        with evaluating(net):
+            x = numbers.solve(net, start[rows], rows_of(condition, rows))
+            _distance(x, end[rows]).backward(inputs=numbers.all)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return numbers
 
 
 class _Numbers:
@@ -190,8 +201,7 @@ class _Numbers:
             score: Tensor = checkpoint(call, x, level, use_reentrant=False)
             return x, score * (level / sigma) ** 2, x  # a step multiplies it by sigma^2, without a gradient
 
-        with torch.enable_grad():
-            *_, (x, _) = multistep(x, chain, learned_steps(values, self.coefficients.to(x)))
+        *_, (x, _) = multistep(x, chain, learned_steps(values, self.coefficients.to(x)))
         return x
 
     def rounded(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument, check_count
-from scorematch.core.derived import isotropic
+from scorematch.core.derived import ratios_of
 from scorematch.core.randomness import Generator
 from scorematch.core.scores import Given, Score
 from scorematch.noise import NoiseSchedule
@@ -99,8 +99,8 @@ class Paths(NamedTuple):
 
     Attributes:
         sigmas: the levels (N + 1,), the last of which is 0.
-        states: the states (n, ...) at these levels.
-        denoised: the denoised images at these levels, the last of which are the states.
+        states: the states (n, ...) at these levels; for channels of different units those of ``Isotropic``.
+        denoised: the denoised images at the first N levels, the last of which are the ends of the paths.
     """
 
     sigmas: list[float]
@@ -118,13 +118,14 @@ def follow(
     if isinstance(counts, int) or not counts:
         raise TypeError(f"{argument(name)} must be a list of one or more numbers, got {counts}. Write [6].")
     most = max(check_count(name, count, 2) for count in counts)
-    sampler = _Recorder(isotropic(net), fine, levels=60 if fine is None else None, clamp=False)
+    sampler = _Recorder(net, fine, levels=60 if fine is None else None, clamp=False)
     if most >= len(sampler.schedule):
         raise ValueError(
             f"{argument(name)} must be below the number of fine levels, {len(sampler.schedule)}, got {most}. Pass more "
             "fine levels."
         )
     end = sampler.sample(**options)
+    end = end / ratios_of(sampler.net, end)  # in the units of the states
     return Paths([*sampler.schedule, 0.0], [*sampler.states, end], [*sampler.denoised, end])
 
 

@@ -91,6 +91,7 @@ def data_moments(data: Tensor, mean_side: int | None = None, net: Score | None =
     if len(data) < 2 or not bool(data.isfinite().all()):
         shape = tuple(data.shape)
         raise ValueError(f"data must be two or more samples (N, C, ...) without NaN or infinity, got shape {shape}.")
+    data = data.to(torch.promote_types(data.dtype, torch.float32))
     (channels, *sides), cosines = data.shape[1:], Cosines(data)
     if mean_side is None:
         few = (n for n in range(min([_MEAN_SIDE, *sides]), 1, -1) if channels * n ** len(sides) <= _MEAN_VALUES)

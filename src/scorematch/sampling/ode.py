@@ -62,7 +62,7 @@ from scorematch.core.derived import Isotropic
 from scorematch.core.json_files import native
 from scorematch.core.schema import Field
 from scorematch.core.scores import Score, attribute, middle_of
-from scorematch.noise import NoiseSchedule
+from scorematch.noise import NoiseSchedule, schedule_of
 from scorematch.restoration.method import Restoration
 from scorematch.restoration.observation import Observation
 from scorematch.sampling.chain import Chain
@@ -78,6 +78,7 @@ __all__ = ["ODESampler"]
 Method = Literal["heun", "dpm-solver++", "unipc", "ipndm"]
 
 _LEVELS = 18  # as in Karras et al. for CIFAR-10
+_NO_CHURN = {"churn": 0.0, "churn_min": 0.0, "churn_max": None, "churn_noise": 1.0}
 
 
 class ODESampler(Sampler):
@@ -190,17 +191,20 @@ class ODESampler(Sampler):
         **options: Unpack[SamplerOptions],
     ) -> None:
         self.check_options({"sigmas": sigmas})
-        chosen = (schedule, method, sigmas, order, eta, coefficients, data_spectrum, churn or None)
+        churn_max = None if churn_max == math.inf else churn_max
+        noise = {"churn": churn, "churn_min": churn_min, "churn_max": churn_max, "churn_noise": churn_noise}
+        changed = None if noise == _NO_CHURN else noise
+        chosen = (schedule, method, sigmas, order, eta, coefficients, data_mean, data_spectrum, changed)
         restoring = restoring_method(net, options.get("restore"))
         if restoring is not None:
             if method is None and coefficients is None and not churn:
                 method, order = "dpm-solver++", restoring.order if order is None else order
                 eta = 1.0 if eta is None else eta
-            if schedule is None and sigmas is None and options.get("levels") is None:
+            several = len(schedule_of(net) or ()) != 1
+            if several and schedule is None and sigmas is None and options.get("levels") is None:
                 options["levels"] = restoring.levels
         elif (own := own_options(net, "ode", options, *chosen)) is not None:
-            given: dict[str, Any] = {"method": "heun", **own, **options}
-            ODESampler.__init__(self, net, **given)
+            ODESampler.__init__(self, net, **{"method": "heun", **own})
             self._draws = not takes_image(net)
             return
         method = method or "heun"
@@ -209,7 +213,7 @@ class ODESampler(Sampler):
                 raise ValueError(f"{argument('sigmas')} takes the place of the schedule. Leave out one of them.")
             schedule = NoiseSchedule(sigmas)
         super().__init__(net, schedule, **options)
-        self.check_options({"method": method, "order": order, "eta": eta, "churn": churn, "churn_noise": churn_noise})
+        self.check_options({"method": method, "order": order, "eta": eta, **noise})
         self.coefficients: list[float] | None = native(coefficients)
         if self.coefficients is not None:
             given = {"method": method, "order": order, "eta": eta, "sigmas": sigmas}
@@ -225,26 +229,13 @@ class ODESampler(Sampler):
         self.eta, steps = native(eta), len(self.schedule) - 1
         self._etas: list[float] = self.eta if isinstance(self.eta, list) else [self.eta or 0.0] * steps
         _check_etas(self._etas, steps)
-        if churn and method != "heun":
-            raise ValueError(
-                f"{argument('churn')} is for Heun's method, got {churn!r} with {method!r}. Write "
-                f"{argument('method', 'heun')}."
-            )
-        if not 0 <= churn_min < (math.inf if churn_max is None else churn_max):
-            raise ValueError(
-                f"{argument('churn_min')} must be at least 0 and below {argument('churn_max')}, got "
-                f"{argument('churn_min', churn_min)} and {argument('churn_max', churn_max)}."
-            )
-        if churn == 0 and (churn_min, churn_max, churn_noise) != (0, None, 1):
-            low, high, factor, amount = map(argument, ("churn_min", "churn_max", "churn_noise", "churn"))
-            raise ValueError(f"{low}, {high} and {factor} need {amount} above 0. Pass {amount}, or leave them out.")
         self.method, self.order = method, order
         self.churn, self.churn_noise = float(churn), float(churn_noise)
         self.churn_min, self.churn_max = float(churn_min), None if churn_max is None else float(churn_max)
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        """Also checks that the levels descend, and that the order and eta are for the method."""
+        """Also checks that the levels descend, and that the order, eta and the churn are for the method."""
         super().check_options(options)
         method, order, eta = options.get("method") or "heun", options.get("order"), native(options.get("eta"))
         if options.get("sigmas") is not None:
@@ -256,6 +247,7 @@ class ODESampler(Sampler):
                 f"{argument('order' if eta is None else 'eta')} is not for the method {method!r}. Write "
                 f"{argument('method', 'dpm-solver++')}."
             )
+        _check_churn(method, {name: options.get(name, value) for name, value in _NO_CHURN.items()})
         if options.get("coefficients") is not None:
             _check_coefficients(options)
         if (options.get("data_mean") is None) != (options.get("data_spectrum") is None):
@@ -358,6 +350,22 @@ class ODESampler(Sampler):
         """The relative amount by which the noise of a level is raised."""
         high = math.inf if self.churn_max is None else self.churn_max
         return min(self.churn / len(self.schedule), math.sqrt(2) - 1) if self.churn_min <= sigma <= high else 0.0
+
+
+def _check_churn(method: str, noise: Mapping[str, Any]) -> None:
+    if noise["churn"] and method != "heun":
+        raise ValueError(
+            f"{argument('churn')} is for Heun's method, got {noise['churn']!r} with {method!r}. Write "
+            f"{argument('method', 'heun')}."
+        )
+    if noise["churn_min"] >= (math.inf if noise["churn_max"] is None else noise["churn_max"]):
+        raise ValueError(
+            f"{argument('churn_min')} must be below {argument('churn_max')}, got "
+            f"{argument('churn_min', noise['churn_min'])} and {argument('churn_max', noise['churn_max'])}."
+        )
+    if noise["churn"] == 0 and noise != _NO_CHURN:
+        low, high, factor, amount = map(argument, ("churn_min", "churn_max", "churn_noise", "churn"))
+        raise ValueError(f"{low}, {high} and {factor} need {amount} above 0. Pass {amount}, or leave them out.")
 
 
 def _check_coefficients(options: Mapping[str, Any]) -> None:

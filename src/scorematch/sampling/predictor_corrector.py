@@ -42,7 +42,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -130,8 +130,7 @@ class PredictorCorrectorSampler(Sampler):
     ) -> None:
         own = own_options(net, "predictor-corrector", options, schedule, predictor, corrector_steps, snr, published)
         if own is not None:
-            given: dict[str, Any] = {"predictor": "ancestral", **own, **options}
-            PredictorCorrectorSampler.__init__(self, net, **given)
+            PredictorCorrectorSampler.__init__(self, net, **{"predictor": "ancestral", **own})
             return
         predictor, snr = predictor or "ancestral", 0.16 if snr is None else snr
         super().__init__(net, schedule, **options)

@@ -292,8 +292,8 @@ class Sampler(ABC):
                 generator. Numbers are drawn on its device. With a list of n generators each sample has its own, and
                 does not depend on the other samples.
             noise_source: a function that takes the state x and returns the noise of a step, standard normal values of
-                x's shape, in place of random numbers. It is called once per step, before the score. Samplers that draw
-                no noise do not call it.
+                x's shape, in place of random numbers. It is called once per step, before the score, and by
+                ``DecoupledSampler`` for each proposal too. Samplers that draw no noise do not call it.
             batch_size: the number of samples per network call; None is as many as have 2^20 values together, but at
                 least 1. The result depends on it only through rounding in the network.
             progress: whether to show a progress bar.
@@ -361,7 +361,7 @@ class Sampler(ABC):
             self._check_state(state, torch.Size((shape[0] // chain.particles, *shape[1:])))
             x, sigma = state
             finite.record(x, max(sigma, self.schedule.sigma_min))
-            if sigma > 0:
+            if sigma > 0 or not self.denoise:
                 yield state
         if self.denoise and sigma > 0:
             x = chain.denoised(x, self.schedule.sigma_min)
@@ -493,6 +493,12 @@ def restoring_method(net: Score, restore: Restore | None) -> Method | None:
 
 
 def own_options(net: Score, sampler: str, options: SamplerOptions, *chosen: object) -> dict[str, Any] | None:
-    """The stored options of a kind of sampler, or None if there are none, or levels or any of ``chosen`` are given."""
-    given = (*chosen, options.get("levels"), options.get("sigma_max"), options.get("sigma_min"))
-    return stored_options(net, sampler) if all(each is None for each in given) else None
+    """The stored options of a kind of sampler, with those of ``options`` that are given in place of theirs.
+
+    None if there are none, or levels or any of ``chosen`` are given.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if given.keys() & {"levels", "sigma_max", "sigma_min"} or any(each is not None for each in chosen):
+        return None
+    stored = stored_options(net, sampler)
+    return None if stored is None else {**stored, **given}

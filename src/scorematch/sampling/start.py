@@ -18,14 +18,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from scorematch.core.arguments import check_count, check_sizes
-from scorematch.core.batches import without_history
-from scorematch.core.conditions import as_class, check_type, class_of_each, length, map_parts
+from scorematch.core.batches import check_data, without_history
+from scorematch.core.conditions import as_class, check_type, class_of_each, lengths, map_parts
 from scorematch.core.derived import ratios_of
 from scorematch.core.randomness import Generator, as_generator, standard_normal, uniform
 from scorematch.core.scores import Given, Score, attribute, device_of, middle_of, variance_of
@@ -80,11 +80,12 @@ def start(
     condition = as_class(condition)
     check_type(condition)
     if init is not None:
-        _check_init(init)
+        check_data(init, "init")
+        if not bool(init.isfinite().all()):
+            raise ValueError("init must be finite, got NaN or infinite values.")
     generators = as_generator(generator)
     n = _count(n, init, condition, observation, generators)
-    if not isinstance(shape, tuple | None) or shape:  # () is the shape of single numbers
-        shape = check_sizes("shape", shape, "the shape of one sample, such as (3, 32, 32)")
+    shape = None if shape is None else as_shape(shape)
     sample_shape = _sample_shape(sampler.net, shape, init, observation)
     if batch_size is None:
         batch_size = max(1, _BATCH_VALUES // max(1, math.prod(sample_shape)))
@@ -130,35 +131,31 @@ def start(
     )
 
 
-def _check_init(init: Tensor) -> None:
-    if not isinstance(init, Tensor):
-        raise TypeError(f"init must be a tensor (n, ...), got {type(init).__name__}. Write torch.as_tensor(init).")
-    if not init.is_floating_point():
-        raise TypeError(f"init must be floating point, got {init.dtype}. Write init.float().")
-    if init.ndim < 2:
-        raise ValueError(f"init must be a batch (n, ...), got shape {tuple(init.shape)}.")
-    if not bool(torch.isfinite(init).all()):
-        raise ValueError("init must be finite, got NaN or infinite values.")
+def as_shape(shape: Any) -> tuple[int, ...]:
+    """The shape of one sample, checked; () is that of single numbers."""
+    if isinstance(shape, tuple) and not shape:
+        return ()
+    return check_sizes("shape", shape, "the shape of one sample, such as (3, 32, 32)")
 
 
 def _count(
     n: int | None, init: Tensor | None, condition: Given, observation: Observation | None, generators: Generators
 ) -> int:
     """The number of samples; all arguments must agree on it."""
-    counts = {
-        "n": n,
-        "init": None if init is None else len(init),
-        "condition": length(condition),
-        "observation": None if observation is None or len(observation) == 1 else len(observation),
-        "generator": len(generators) if isinstance(generators, tuple) else None,
-    }
-    given = {name: count for name, count in counts.items() if count is not None}
-    if len(set(given.values())) > 1:
-        listed = ", ".join(f"{count} from {name}" for name, count in given.items())
-        one = given.get("condition") == 1
+    counts = [
+        ("n", n),
+        ("init", None if init is None else len(init)),
+        *(("condition", count) for count in lengths(condition)),
+        ("observation", None if observation is None or len(observation) == 1 else len(observation)),
+        ("generator", len(generators) if isinstance(generators, tuple) else None),
+    ]
+    given = [(name, count) for name, count in counts if count is not None]
+    if len({count for _, count in given}) > 1:
+        listed = ", ".join(f"{count} from {name}" for name, count in given)
+        one = ("condition", 1) in given
         hint = " To draw n samples for one condition, write condition.repeat_interleave(n, 0)." if one else ""
         raise ValueError(f"the arguments disagree on the number of samples: {listed}.{hint}")
-    return check_count("n", next(iter(given.values()), 1))
+    return check_count("n", given[0][1] if given else 1)
 
 
 def _sample_shape(
