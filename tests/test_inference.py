@@ -54,6 +54,14 @@ def _norms(net):
     return sum(isinstance(module, ConditionalInstanceNormPlus) for module in net.modules())
 
 
+def test_a_copy_has_the_names_of_classes_and_axes():
+    net = ScoreNet.mlp(2, width=8, classes=2)
+    net.class_names, net.axes = ("cat", "dog"), ("sample", "value")
+    copied = net.inference_copy()
+    assert copied is not net
+    assert (copied.class_names, copied.axes) == (net.class_names, net.axes)
+
+
 # -- The same function
 
 

@@ -230,7 +230,7 @@ class ScoreNet(Builders, DataUnits, NetworkScore, nn.Module):
         """
         if self.family is None or type(self) is not ScoreNet or not is_plain(self, self.backbone):
             return self
-        return InferenceScore(
+        copied = InferenceScore(
             self.family,
             self.backbone,
             self.preconditioning,
@@ -238,6 +238,8 @@ class ScoreNet(Builders, DataUnits, NetworkScore, nn.Module):
             sampler_settings=self.sampler_settings,
             compile=compile,
         )
+        copied.axes, copied.class_names = self.axes, self.class_names
+        return copied
 
     # -- Files --------------------------------------------------------------------------------------------------------
 

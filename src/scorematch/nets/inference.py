@@ -82,6 +82,8 @@ class InferenceScore(NetworkScore):
         units: the mean and the standard deviation of each channel of the data, or None.
         sample_shape: the shape of one sample, or None.
         sampler_settings: the sampler settings recommended for the network, or None.
+        axes: the names of the axes of the data, or None.
+        class_names: the names of the classes, or None.
         conditioning: the condition that the network takes, which must be given if it is a vector and the network was
             trained without ``label_drop``.
         predicts_variance: whether ``score_and_variance`` can be called.
@@ -106,6 +108,8 @@ class InferenceScore(NetworkScore):
         self.value_range, self.units = preconditioning.value_range, preconditioning.data
         self.sample_shape = sample_shape
         self.sampler_settings = sampler_settings
+        self.axes: tuple[str, ...] | None = None
+        self.class_names: tuple[str, ...] | None = None
         self.predicts_variance = preconditioning.predicts_variance
         takes = family.condition(backbone, predicts_variance=self.predicts_variance)
         self.conditioning = takes._replace(null_class=False) if without_trained_null(backbone) else takes
