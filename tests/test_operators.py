@@ -214,6 +214,21 @@ def test_carry_mask_returns_a_mask_that_commutes_with_the_operator(operator, gai
             assert different.any()
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 3, 4, 2, 6)], ids=["signals", "volumes"])
+def test_pooling_has_the_gain_of_the_axes_without_an_observation_too(shape):
+    x = random(*shape)
+    for operator in (AveragePool(2), Uncrop(left=1) @ AveragePool(2)):
+        y = operator.measure(x)
+        v = random(*y.shape, number=1)
+        assert torch.allclose((y * v).sum(), (x * operator.adjoint(v)).sum())
+        found = operator.decomposition(x)
+        assert torch.allclose(found.sample(found.coefficients(operator.adjoint(v))), operator.adjoint(v))
+
+
+def test_the_decomposition_of_a_mask_has_the_dtype_of_the_samples():
+    assert Mask(blocks()).decomposition(random(*SHAPE)).values.dtype == torch.float64
+
+
 def test_compositions_that_mix_observed_and_hidden_values_have_no_gain():
     half = torch.arange(8) < 3
     assert (AveragePool(2) @ Mask(half)).gain is None

@@ -70,8 +70,9 @@ class Operator(ABC):
         Raises:
             ValueError: if the shapes do not fit the operator.
         """
-        if self.gain is not None and type(self).pseudo_inverse is not Operator.pseudo_inverse:
-            return self.pseudo_inverse(y) * self.gain
+        gain = self.with_axes(y.ndim).gain
+        if gain is not None and type(self).pseudo_inverse is not Operator.pseudo_inverse:
+            return self.pseudo_inverse(y) * gain
         linearization = _linearized(self, y.new_zeros((len(y), *(y.shape[1:] if shape is None else shape))))
         if linearization.value.shape[1:] != y.shape[1:]:
             raise ValueError(
@@ -108,9 +109,10 @@ class Operator(ABC):
         Returns:
             The decomposition, or None if the operator is not linear or the matrix is too large.
         """
-        if self.gain is not None:
-            root = self.gain**0.5
-            values = x.new_full((), root) if self.mask is None else self.mask * root
+        gain = self.with_axes(x.ndim).gain
+        if gain is not None:
+            root = gain**0.5
+            values = x.new_full((), root) if self.mask is None else self.mask.to(x) * root
             return Decomposition(values, lambda x: self.measure(x) / root, lambda c: self.pseudo_inverse(c) * root)
         if not self.is_linear or x[0].numel() > _LARGEST:
             return None
@@ -362,7 +364,7 @@ class _Composition(Operator):
 
     def decomposition(self, x: Tensor) -> Decomposition | None:
         """That of the outer operator if the inner one has a gain and observes all values: its rows are orthogonal."""
-        c, inner = self.inner.gain, self.inner
+        c, inner = self.inner.with_axes(x.ndim).gain, self.inner
         if self.gain is not None or c is None or inner.mask is not None:
             return super().decomposition(x)
         outer = self.outer.decomposition(inner.measure(x))
@@ -408,7 +410,9 @@ class _Composition(Operator):
         """The composition of both for batches with this number of axes, on which the gain and the mask depend."""
         if axes == self._axes:
             return self
-        new = _Composition(self.outer.with_axes(axes), self.inner.with_axes(axes))
+        # Of the samples before a matrix or a function the number of axes is not known here; see ``for_samples``.
+        known = all(part.gain or type(part).sample_shape is not Operator.sample_shape for part in self.outer.parts())
+        new = _Composition(self.outer.with_axes(axes), self.inner.with_axes(axes) if known else self.inner)
         new._axes = axes
         return new
 
