@@ -85,6 +85,13 @@ def test_a_differentiable_operator_near_x_is_its_jacobian(operator):
     assert torch.allclose((near.forward(u) * v).sum(), (u * near.adjoint(v)).sum())
 
 
+def test_an_adjoint_by_automatic_differentiation_in_inference_mode():
+    with torch.inference_mode():
+        slopes, y = Linear(lambda x: x[..., 1:] - x[..., :-1]), torch.tensor([[1.0, 0.0]])
+        assert torch.equal(slopes.adjoint(y, (3,)), torch.tensor([[-1.0, 1.0, 0.0]]))
+        assert torch.equal(slopes.linearized(torch.ones(1, 3)).adjoint(y), slopes.adjoint(y, (3,)))
+
+
 def test_an_operator_without_a_gradient_says_so_or_is_approximated_by_the_identity():
     rounded = type("Rounded", (Operator,), {"measure": lambda self, x: x.detach().round()})()
     with pytest.raises(ValueError, match=r"has no gradient\. .* or define the method linearized"):

@@ -169,8 +169,8 @@ class Fourier(Operator):
 class FourierLines(Fourier):
     """Observes every k-th line of the Fourier transform of images, and those around the frequency zero.
 
-    The lines are columns of the transform. Column f of W is sampled if f, or W - f, is a multiple of k or at most
-    center W / 2.
+    The lines are columns of the transform. Column f of W is sampled if the smaller one of f and W - f is a multiple of
+    k or at most center W / 2.
 
     Args:
         every: k, the distance of the lines.

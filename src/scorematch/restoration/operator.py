@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from scorematch.core.batches import without_history
 from scorematch.core.randomness import standard_normal
 from scorematch.restoration.decomposition import Decomposition, decompose
 
@@ -259,8 +260,8 @@ class Operator(ABC):
 
 def _linearized(operator: Operator, x: Tensor) -> Linearization:
     """An operator near x by automatic differentiation."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        x = without_history(x).requires_grad_()
         value = operator.measure(x)
         transposed = v = torch.zeros_like(value, requires_grad=True)
         if value.requires_grad:

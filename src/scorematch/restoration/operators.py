@@ -237,8 +237,9 @@ class Hole(RandomMask):
         """Strokes or boxes."""
         if height * width < 3:  # no number of pixels is 10 to 40 % of the area
             raise ValueError(f"a random hole needs an image of at least 3 pixels, got {height}x{width}.")
-        free_form = draws.uniform(n, 1, 1) < 0.6
-        return torch.where(free_form, strokes(n, height, width, draws), boxes(n, height, width, draws))[:, None]
+        free_form, drawn = draws.uniform(n, 1, 1) < 0.6, strokes(n, height, width, draws)
+        free_form = free_form & ~drawn.all(2, keepdim=True).all(1, keepdim=True)  # one line may cover a tiny image
+        return torch.where(free_form, drawn, boxes(n, height, width, draws))[:, None]
 
 
 class Half(RandomMask):
