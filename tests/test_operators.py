@@ -33,6 +33,7 @@ from scorematch.restoration import (
     as_operator,
 )
 from scorematch.restoration.methods import METHODS, Restore
+from scorematch.restoration.replacement import replacement
 from tests.helpers import HostReads, NoFloat64, seed
 
 SHAPE = (2, 3, 8, 12)
@@ -694,6 +695,20 @@ def test_a_mask_copies_the_callers_tensor():
 def test_invalid_arguments_raise(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_hidden_values_of_y_are_ignored_whatever_an_operator_of_the_user_does():
+    class Product(Operator):
+        gain, mask = 1.0, torch.tensor([True, False])
+
+        def measure(self, x):
+            return x * self.mask
+
+        pseudo_inverse = measure
+
+    for sigma in (0.0, torch.tensor([0.1, 0.2])):
+        method = replacement(Observation(Product(), torch.tensor([[0.5, math.nan]]), sigma), 1.0)
+        assert torch.equal(method.project(torch.zeros(1, 2), 0.3, torch.zeros(1, 2)), torch.tensor([[0.5, 0.0]]))
 
 
 def test_hidden_values_of_y_may_be_nan_or_infinite():
