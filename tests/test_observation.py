@@ -209,6 +209,11 @@ def test_values_with_more_noise_than_float32_can_square_say_nothing(name):
     assert torch.equal(huge, infinite) and bool(huge.isfinite().all())
 
 
+def test_noise_whose_square_is_zero_in_float32_is_no_noise():
+    """Otherwise particles have infinite weights."""
+    assert Observation(SAME, Y, 1e-24).sigma == 0.0 and Observation(SAME, Y, torch.tensor(1e-9)).sigma > 0
+
+
 def test_observations_do_not_depend_on_the_default_device_and_dtype():
     made = Observation(Clip(-4, 110), random(3, 2, 4).float(), 0.5)
     ratios = torch.tensor([[20.0], [0.1]])

@@ -23,7 +23,7 @@ from torch import Tensor
 from scorematch.core.arguments import check_choice, check_value
 from scorematch.core.schema import Field
 from scorematch.restoration.decomposition import Decomposition, hartley
-from scorematch.restoration.operator import Operator, kind_of, spatial_axes
+from scorematch.restoration.operator import SameShape, kind_of, spatial_axes
 
 __all__ = ["Blur", "GaussianBlur", "MotionBlur"]
 
@@ -34,7 +34,7 @@ _TAIL = 3  # standard deviations from the center to the border of a Gaussian ker
 _POINTS = 1000  # on a motion for each pixel of its length
 
 
-class Blur(Operator):
+class Blur(SameShape):
     """The convolution with a kernel, over as many of the last axes of the samples as the kernel has.
 
     Args:
@@ -80,10 +80,6 @@ class Blur(Operator):
         if self.boundary == "reflect":
             return super().adjoint(y)
         return self._convolved(self._extended(y), y.shape, transposed=True)
-
-    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
-        """That of y."""
-        return tuple(y.shape[1:])
 
     def to(self, device: torch.device | str) -> Blur:
         """The operator with its kernel on a device."""

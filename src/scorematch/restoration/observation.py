@@ -29,7 +29,7 @@ Noise: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
 _TOLERANCE = 1e-3  # of the checks of an operator, relative
 _SAME = 1e-5  # the largest relative difference of noise levels that are the same, with rounding
 _PROBES = 8  # random samples that show how an operator scales
-_LARGEST = 1e18  # noise level, with a square in float32; values with more noise say nothing
+_LARGEST = 1e18  # noise level with a square in float32; more is no measurement, and less than 1e-18 is no noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,11 +351,11 @@ class Observation:
 
 
 def check_sigma(sigma: float) -> float:
-    """The standard deviation of the noise in y as a float; ValueError if it is negative, NaN or above 1e18."""
+    """The noise level of y as a float, 0 up to 1e-18; ValueError if it is negative, NaN or above 1e18."""
     if not 0 <= sigma <= _LARGEST:
         wanted = "at least 0" if not sigma > 0 else f"at most {_LARGEST:g}"
         raise ValueError(f"sigma, the standard deviation of the noise in y, must be {wanted}, got {sigma!r}.")
-    return float(sigma)
+    return float(sigma) if sigma > 1 / _LARGEST else 0.0
 
 
 def _check_noise(sigma: Noise, y: Tensor) -> Noise:

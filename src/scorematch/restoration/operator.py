@@ -258,6 +258,14 @@ class Operator(ABC):
         return found
 
 
+class SameShape(Operator):
+    """An operator whose measurement has the shape of x."""
+
+    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
+        """That of y."""
+        return tuple(y.shape[1:])
+
+
 def _linearized(operator: Operator, x: Tensor) -> Linearization:
     """An operator near x by automatic differentiation."""
     with torch.inference_mode(False), torch.enable_grad():

@@ -64,7 +64,7 @@ from scorematch.restoration.blur import GaussianBlur, MotionBlur
 from scorematch.restoration.fourier import FourierLines
 from scorematch.restoration.masks import Draws, boxes, halves, strokes
 from scorematch.restoration.nonlinear import JPEG, Clip, Quantize
-from scorematch.restoration.operator import Operator
+from scorematch.restoration.operator import Operator, SameShape
 from scorematch.restoration.resize import Resize
 
 __all__ = ["OPERATORS", "AveragePool", "Grayscale", "Half", "Hole", "Mask", "Uncrop", "as_operator"]
@@ -198,7 +198,7 @@ def _read_array(path: Path) -> Tensor:
     return torch.from_numpy(mask)
 
 
-class RandomMask(Operator):
+class RandomMask(SameShape):
     """The base class of operators with a random mask for each image, which ``drawn`` returns."""
 
     @abstractmethod
@@ -211,10 +211,6 @@ class RandomMask(Operator):
             raise ValueError(f"{self!r} is for images (N, C, H, W), got shape {tuple(x.shape)}.")
         each = (Draws(single_generator(number), x.device) for number in seeds)
         return Mask(~torch.cat([self.missing(1, x.shape[2], x.shape[3], draws) for draws in each]))
-
-    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
-        """That of y."""
-        return tuple(y.shape[1:])
 
     def measure(self, x: Tensor) -> Tensor:
         """It has no measurement before the masks are drawn."""
