@@ -209,6 +209,7 @@ X = torch.zeros(1, 1, 8, 12)
             ValueError,
             r"must have the real and .* a multiple of 2, got shape \(1",
         ),
+        (lambda: Fourier(MASK).adjoint(X.expand(1, 3, 8, 12)), ValueError, r"a multiple of 2, got shape \(1, 3, 8"),
         (lambda: Fourier(MASK, MASK), TypeError, "sensitivities must be a floating-point or complex tensor, got"),
         (lambda: Fourier(MASK, COILS[0]), ValueError, r"must have shape \(K, 8, 12\), like the mask, got \(8, 12\)"),
         (lambda: Fourier(MASK, COILS / 0), ValueError, "sensitivities must be finite"),

@@ -315,6 +315,8 @@ Y = torch.rand(1, 4, generator=seed())
         (lambda: Observation.from_counts(SAME, Y / 0), "counts must be at least 0 and finite"),
         (lambda: Observation.from_counts(SAME, Y, 0), "scale must be a number of more than 0, got 0"),
         (lambda: Matrix(torch.eye(2) / 0), "a must be finite"),
+        (lambda: Matrix(torch.eye(3)).adjoint(Y), r"y of Matrix\(3x3\) must have shape \(3,\), got \(4,\)"),
+        (lambda: Observation.from_counts(SAME, Y * 1j), "counts must be floating point, got torch.complex64"),
         (lambda: Matrix(torch.eye(3)).measure(Y), r"Matrix\(3x3\) needs samples of 3 values, got shape \(4,\)"),
         (lambda: Linear(lambda x: x[..., 1:]).adjoint(Y), r"must have shape \(3,\) .* pass shape="),
     ],

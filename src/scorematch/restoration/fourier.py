@@ -98,6 +98,7 @@ class Fourier(Operator):
     def adjoint(self, y: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """The sum over the coils of the inverse transform times the conjugate sensitivity."""
         mask = self._sampled(y)
+        self.sample_shape(y)  # checks the number of channels
         z = torch.fft.ifftn(_joined(torch.where(mask, _exact(y), 0)), dim=self._last, norm="ortho")
         if self.sensitivities is not None:
             z = (self._coils(y).conj() * z.unflatten(1, (len(self.sensitivities), -1))).sum(1)

@@ -100,13 +100,13 @@ class Observation:
             scale: c, the mean count for a measurement of 1, positive.
 
         Raises:
-            TypeError: if ``counts`` is not a tensor.
+            TypeError: if ``counts`` is not a tensor of real numbers.
             ValueError: if a count is negative or not finite, or ``scale`` is not positive.
 
         References:
             Mighell, 1999, Parameter Estimation in Astronomy with Poisson-distributed Data I, arXiv:astro-ph/9903093.
         """
-        if isinstance(counts, Tensor) and not counts.is_floating_point():
+        if isinstance(counts, Tensor) and not (counts.is_floating_point() or counts.is_complex()):
             counts = counts.float()
         check_data(counts, "counts")
         check_value("scale", scale, Field(float, above=0))
