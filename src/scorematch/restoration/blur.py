@@ -29,7 +29,7 @@ __all__ = ["Blur", "GaussianBlur", "MotionBlur"]
 
 Boundary = Literal["circular", "reflect", "zeros"]
 _BOUNDARIES = ("circular", "reflect", "zeros")
-_LONGEST = Field(float, above=0, high=10_000)  # in pixels
+_SIZE = Field(float, above=0, high=10_000)  # in pixels
 _TAIL = 3  # standard deviations from the center to the border of a Gaussian kernel
 _POINTS = 1000  # on a motion for each pixel of its length
 
@@ -175,7 +175,7 @@ class GaussianBlur(Blur):
     examples = ("blur:2", "blur:1", "blur:4")
 
     def __init__(self, deviation: float, *, boundary: Boundary = "circular") -> None:
-        check_value("deviation", deviation, _LONGEST)
+        check_value("deviation", deviation, _SIZE)
         self.deviation = deviation
         r = math.ceil(_TAIL * deviation)
         weights = torch.exp(-torch.arange(-r, r + 1, device="cpu").double().square() / (2 * deviation**2))
@@ -207,7 +207,7 @@ class MotionBlur(Blur):
     examples = ("motion:9,45", "motion:5,0", "motion:15,45")
 
     def __init__(self, length: float, angle: float = 0, *, boundary: Boundary = "circular") -> None:
-        check_value("length", length, _LONGEST)
+        check_value("length", length, _SIZE)
         check_value("angle", angle, Field(float))
         self.length, self.angle = length, angle
         n = _POINTS * math.ceil(length)
