@@ -788,6 +788,32 @@ def test_the_identity_covers_what_exact_scores_methods_and_arrays_compute():
     assert found[0] != hashing.identity(Empirical(torch.zeros(4, 1, 2, 2)).log_density)
 
 
+def test_the_identity_follows_what_objects_keep_outside_of_their_dict():
+    """Methods of built-in objects, functions with a cache, and attributes in slots; also complex tensors."""
+
+    class Slots:
+        __slots__ = ("_private", "value")
+
+        def __init__(self, value):
+            self.value, self._private = value, object()
+
+    values = [
+        lambda: {0.1: 1.0}.get,
+        lambda: {0.1: 2.0}.get,
+        lambda: torch.ones(2).mul,
+        lambda: torch.zeros(2).mul,
+        lambda: functools.lru_cache(lambda sigma: sigma),
+        lambda: functools.lru_cache(lambda sigma: 2 * sigma),
+        lambda: Slots(1),
+        lambda: Slots(2),
+        lambda: torch.complex(torch.ones(2), torch.ones(2)).conj(),
+        lambda: torch.complex(torch.ones(2), torch.ones(2)),
+    ]
+    found = [hashing.identity(each()) for each in values]
+    assert len(set(found)) == len(found) and found == [hashing.identity(each()) for each in values]
+    assert found[-2] == hashing.identity(torch.complex(torch.ones(2), -torch.ones(2)))
+
+
 def test_the_identity_follows_numbers_of_numpy_and_members_of_enumerations():
     class Mode(enum.Enum):
         SMOOTH = enum.auto()

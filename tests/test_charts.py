@@ -28,3 +28,8 @@ def test_charts_without_points_or_without_a_range_are_drawn():
 def test_curves_have_different_colors():
     svg = chart("t", "x", [Curve(str(i), [0, 1], [0, i]) for i in range(10)])
     assert len({part.split('"')[0] for part in svg.split('stroke="')[1:]} - {"#dddddd"}) == 10
+
+
+def test_an_axis_of_tiny_values_has_their_ticks():
+    svg = chart("t", "x", [Curve("one", [0, 1, 2], [0, 1e-14, 2e-14])])
+    assert 'points="60.0,340.0 320.0,200.0 580.0,60.0"' in svg and ">1e-14<" in svg

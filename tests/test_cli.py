@@ -847,6 +847,17 @@ def test_restore_does_not_depend_on_the_other_pictures(folder, pictures, tmp_pat
     assert read_image(tmp_path / "all" / "c-1.png", 1).shape == (1, 8, 12)
 
 
+@pytest.mark.slow
+def test_restore_draws_a_half_of_each_picture_also_between_a_blur_and_a_mask(folder, pictures, tmp_path):
+    """Their masks have the same size and share, and the composition has no gain."""
+    save_image((torch.arange(8).expand(1, 8, 8) > 0).float(), tmp_path / "mask.png")
+    options = ("--operator", f"mask:{tmp_path}/mask.png @ blur:0.5 @ half", "--degrade", "--levels", "2")
+    assert _restore(folder, pictures, tmp_path / "all", *options) == 0
+    assert _restore(folder, pictures / "b.png", tmp_path / "b", *options) == 0
+    together, alone = (read_image(tmp_path / out / "b-1.png", 1) for out in ("all", "b"))
+    torch.testing.assert_close(together, alone, rtol=0, atol=1.01 / 255)
+
+
 @pytest.mark.parametrize("end", ["", ",invert"])
 def test_restore_observes_the_white_or_the_black_part_of_the_mask(folder, pictures, tmp_path, end, capsys):
     white = torch.arange(8).expand(1, 8, 8) < 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from scorematch import ScoreNet
+from scorematch.data import read_image
 from scorematch.evaluation import exact
 from scorematch.evaluation.subject import is_network
 from scorematch.restoration import JPEG, Mask, Matrix, Observation
@@ -251,6 +252,17 @@ def test_a_network_for_images_gets_units_for_other_data_only(tmp_path, scale, ex
     stages._take_units()
     assert net.value_range == ((0, 1) if expected is None else None)
     assert expected is None or net.units.mean == pytest.approx([expected], abs=2)
+
+
+def test_the_report_shows_measurements_that_are_no_images_by_least_squares(tmp_path):
+    operator, x = Matrix(torch.eye(16)) @ Mask(torch.ones(4) > 0), torch.rand(8, 1, 4, 4, generator=_generator())
+    observation = Observation(operator, operator.measure(x), 0.1).of_shape((1, 4, 4))
+    stages = _stages(tmp_path, ScoreNet.unet(1, 4, widths=(8,)), observation, batch_size=4)
+    x = stages.observation.y.view(-1, 1, 4, 4)  # without the ones that are held out
+    stages._show(1, x)
+    (picture,) = (tmp_path / "report").iterdir()
+    shown = read_image(picture, 1)
+    assert torch.allclose(shown[:, 2:6, 2:6], x[0], atol=0.01) and torch.equal(shown[:, 2:6, 2:6], shown[:, 2:6, 8:12])
 
 
 def test_the_error_of_the_prediction_is_that_of_the_exact_posterior_mean(tmp_path):

@@ -174,6 +174,11 @@ def test_a_new_network_is_the_score_of_a_normal_distribution():
         (lambda: network()(random(2, 3), 0.3), ValueError, r"x must be vectors \(N, 2\), got shape \(2, 3\)"),
         (lambda: network(3)(random(2, 2), 0.3, random(2, 4)), ValueError, r"a vector .*\(N, 3\), got shape \(2, 4\)"),
         (lambda: network()(random(2, 2), 0.3, random(2, 4)), TypeError, "takes no condition"),
+        (
+            lambda: ScoreNet.mlp(2, classes=3)(random(2, 2), 0.3, torch.tensor([[0], [1]])),
+            ValueError,
+            r"classes must have shape \(2,\) like the batch, got \(2, 1\)",
+        ),
         (lambda: ScoreNet.mlp(0), ValueError, "features must be an integer of at least 1"),
         (lambda: network().fit_units(random(8, 2), random(8, 3)), TypeError, "takes no vector as its condition"),
         (lambda: network(3).fit_units(random(8, 2), torch.ones(8, 3)), ValueError, "value 0 of condition is constant"),

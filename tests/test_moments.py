@@ -10,7 +10,7 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule
 from scorematch.evaluation import posterior_calibration
 from scorematch.evaluation.exact import Gaussian, operator_matrix
 from scorematch.restoration import AveragePool, Grayscale, Linear, Mask, Matrix, Observation, Operator, Uncrop
-from scorematch.restoration.moments import MomentMatching
+from scorematch.restoration.moments import MomentMatching, image_of
 from scorematch.sampling import AncestralSampler, ODESampler, PredictorCorrectorSampler
 from tests.helpers import gaussian_images, run, seed
 from tests.networks import images, network
@@ -236,3 +236,11 @@ def test_draws_are_calibrated():
     _, found = posterior_calibration(WORLD, Uncrop(right=2), {"moment-matching": sampler}, **options)
     assert abs(found.spread.value - 1) < 0.03 + 3 * found.spread.error
     assert found.shift < 0.1
+
+
+def test_the_image_of_a_measurement_that_is_no_image_is_the_least_squares():
+    x, a = random(2, 3, 4, 4).float(), random(60, 48, number=1).float()
+    for inner in (Mask(random(4, 4) > 0), Grayscale()):
+        operator = Matrix(a[:, : inner.measure(x)[0].numel()]) @ inner
+        found = image_of(operator, operator.measure(x), (3, 4, 4))
+        assert torch.allclose(found, inner.pseudo_inverse(inner.measure(x)), atol=1e-3)

@@ -1,6 +1,7 @@
 """Observations with any linear or differentiable operator and any noise model, against matrices."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from scorematch import NoiseSchedule
 from scorematch.evaluation.exact import Gaussian, operator_matrix
 from scorematch.restoration import JPEG, AveragePool, Clip, Grayscale, Linear, Mask, Matrix, Observation, Operator
+from scorematch.restoration.likelihood import Likelihood
+from scorematch.restoration.methods import Restore
 from scorematch.sampling import ODESampler
 from tests.helpers import run, seed
 
@@ -80,6 +83,13 @@ def test_a_differentiable_operator_near_x_is_its_jacobian(operator):
     assert torch.equal(near.value, y) and torch.allclose(near.forward(u), tangent)
     v = torch.randn_like(y)
     assert torch.allclose((near.forward(u) * v).sum(), (u * near.adjoint(v)).sum())
+
+
+def test_an_adjoint_by_automatic_differentiation_in_inference_mode():
+    with torch.inference_mode():
+        slopes, y = Linear(lambda x: x[..., 1:] - x[..., :-1]), torch.tensor([[1.0, 0.0]])
+        assert torch.equal(slopes.adjoint(y, (3,)), torch.tensor([[-1.0, 1.0, 0.0]]))
+        assert torch.equal(slopes.linearized(torch.ones(1, 3)).adjoint(y), slopes.adjoint(y, (3,)))
 
 
 def test_an_operator_without_a_gradient_says_so_or_is_approximated_by_the_identity():
@@ -173,6 +183,50 @@ def test_an_operator_after_another_one_may_measure_vectors(inner):
         assert torch.allclose(one.decomposition(x[:1]).values, torch.linalg.svdvals(matrix))
 
 
+def test_a_mask_of_images_before_a_matrix_is_not_one_for_each_sample():
+    x, mask = random(2, 3, 4, 6), random(4, 6, number=1) > 0
+    operator = Matrix(random(5, 72)) @ Mask(mask)
+    made = Observation(operator, operator.measure(x), 0.1)
+    assert len(made) == len(made.of_shape((3, 4, 6))) == 2 and len(Observation(operator, made.y[:1])) == 1
+    three = Matrix(random(5, 72)) @ Mask(random(3, 3, 4, 6) > 0)
+    with pytest.raises(ValueError, match="must have 3 images, like the operator, got 2"):
+        Observation(three, made.y).of_shape((3, 4, 6))
+
+
+def test_a_function_of_axes_that_y_lacks_does_not_fit_samples_like_y():
+    means = Observation(Linear(lambda x: x.mean((2, 3))), torch.zeros(1, 3))
+    assert means.fits((3, 4, 4)) and not means.fits((3,))
+
+
+@pytest.mark.parametrize("name", get_args(Restore))
+def test_values_with_more_noise_than_float32_can_square_say_nothing(name):
+    sampler = ODESampler(Gaussian([0.0, 1.0], 1.0), NoiseSchedule.geometric(5, 0.02, 4), restore=name)
+    y = torch.tensor([[1.0, 2.0]])
+    huge, infinite = (
+        run(sampler, 2, observation=Observation(SAME, y, torch.tensor([0.1, noise])), generator=0)
+        for noise in (1e30, math.inf)
+    )
+    assert torch.equal(huge, infinite) and bool(huge.isfinite().all())
+
+
+def test_noise_whose_square_is_zero_in_float32_is_no_noise():
+    """Otherwise particles have infinite weights."""
+    assert Observation(SAME, Y, 1e-24).sigma == 0.0 and Observation(SAME, Y, torch.tensor(1e-9)).sigma > 0
+
+
+def test_observations_do_not_depend_on_the_default_device_and_dtype():
+    made = Observation(Clip(-4, 110), random(3, 2, 4).float(), 0.5)
+    ratios = torch.tensor([[20.0], [0.1]])
+    expected = made.scaled(ratios)
+    method = Likelihood(expected, 1.0, 0.0)
+    arguments = (torch.zeros(3, 2, 4), torch.ones(3, 2, 4), 1.0, torch.ones(3), 1, torch.ones_like, lambda: ones)
+    ones = torch.ones(3)
+    with torch.device("meta"):
+        found = made.scaled(ratios)
+        assert torch.equal(found.sigma, expected.sigma)
+        assert method.draw(*arguments)[0].device.type == "cpu"
+
+
 def test_values_of_an_operator_that_is_not_linear_are_in_the_units_of_their_channels():
     """Otherwise a method that has one number for all values neglects those of small units."""
     ratios, middle, u = torch.tensor([[20.0], [0.1]]), torch.tensor([[5.0], [-30.0]]), random(3, 2, 4)
@@ -255,10 +309,14 @@ Y = torch.rand(1, 4, generator=seed())
         (lambda: observation(SAME, Y, -torch.ones(4)), "must be at least 0, got lower"),
         (lambda: observation(SAME, Y, torch.full((4,), math.nan)), "must be at least 0, got lower ones or NaN"),
         (lambda: observation(SAME, Y, -1), "must be at least 0, got -1"),
+        (lambda: observation(SAME, Y, 1e20), r"must be at most 1e\+18, got 1e\+20"),
+        (lambda: observation(Mask(torch.ones(5) > 0), Y, torch.ones(4)), r"a mask of shape \(5,\) does not fit y"),
         (lambda: Observation.from_counts(SAME, Y - 1), "counts must be at least 0 and finite, got others or NaN"),
         (lambda: Observation.from_counts(SAME, Y / 0), "counts must be at least 0 and finite"),
         (lambda: Observation.from_counts(SAME, Y, 0), "scale must be a number of more than 0, got 0"),
         (lambda: Matrix(torch.eye(2) / 0), "a must be finite"),
+        (lambda: Matrix(torch.eye(3)).adjoint(Y), r"y of Matrix\(3x3\) must have shape \(3,\), got \(4,\)"),
+        (lambda: Observation.from_counts(SAME, Y * 1j), "counts must be floating point, got torch.complex64"),
         (lambda: Matrix(torch.eye(3)).measure(Y), r"Matrix\(3x3\) needs samples of 3 values, got shape \(4,\)"),
         (lambda: Linear(lambda x: x[..., 1:]).adjoint(Y), r"must have shape \(3,\) .* pass shape="),
     ],

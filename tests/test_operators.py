@@ -33,6 +33,7 @@ from scorematch.restoration import (
     as_operator,
 )
 from scorematch.restoration.methods import METHODS, Restore
+from scorematch.restoration.replacement import replacement
 from tests.helpers import HostReads, NoFloat64, seed
 
 SHAPE = (2, 3, 8, 12)
@@ -212,6 +213,21 @@ def test_carry_mask_returns_a_mask_that_commutes_with_the_operator(operator, gai
         else:
             different = (masked != 0) & ((masked - operator.measure(x)).abs() > 1e-9)
             assert different.any()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 3, 4, 2, 6)], ids=["signals", "volumes"])
+def test_pooling_has_the_gain_of_the_axes_without_an_observation_too(shape):
+    x = random(*shape)
+    for operator in (AveragePool(2), Uncrop(left=1) @ AveragePool(2)):
+        y = operator.measure(x)
+        v = random(*y.shape, number=1)
+        assert torch.allclose((y * v).sum(), (x * operator.adjoint(v)).sum())
+        found = operator.decomposition(x)
+        assert torch.allclose(found.sample(found.coefficients(operator.adjoint(v))), operator.adjoint(v))
+
+
+def test_the_decomposition_of_a_mask_has_the_dtype_of_the_samples():
+    assert Mask(blocks()).decomposition(random(*SHAPE)).values.dtype == torch.float64
 
 
 def test_compositions_that_mix_observed_and_hidden_values_have_no_gain():
@@ -615,7 +631,7 @@ def test_a_mask_copies_the_callers_tensor():
             ValueError,
             r"masks of an operator must fit each other, got Mask\(4x6, 100% observed\) @ Mask\(8x12, 100% observed\)",
         ),
-        (lambda: GaussianBlur(1e5).measure(torch.rand(1, 1, 4, 4)), ValueError, "kernel of 600001x600001 is too large"),
+        (lambda: GaussianBlur(1e4).measure(torch.rand(1, 1, 4, 4)), ValueError, "kernel of 60001x60001 is too large"),
         (lambda: Uncrop(left=4).measure(torch.rand(1, 1, 4, 4)), ValueError, "larger than the borders .*got 4x4"),
         (
             lambda: Grayscale().measure(torch.rand(1, 1, 4, 4)),
@@ -679,6 +695,20 @@ def test_a_mask_copies_the_callers_tensor():
 def test_invalid_arguments_raise(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_hidden_values_of_y_are_ignored_whatever_an_operator_of_the_user_does():
+    class Product(Operator):
+        gain, mask = 1.0, torch.tensor([True, False])
+
+        def measure(self, x):
+            return x * self.mask
+
+        pseudo_inverse = measure
+
+    for sigma in (0.0, torch.tensor([0.1, 0.2])):
+        method = replacement(Observation(Product(), torch.tensor([[0.5, math.nan]]), sigma), 1.0)
+        assert torch.equal(method.project(torch.zeros(1, 2), 0.3, torch.zeros(1, 2)), torch.tensor([[0.5, 0.0]]))
 
 
 def test_hidden_values_of_y_may_be_nan_or_infinite():

@@ -7,6 +7,7 @@ import torch
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.restoration import JPEG, AveragePool, Grayscale, Half, Hole, Mask, Observation, Uncrop
+from scorematch.restoration.masks import Draws
 from scorematch.restoration.palette import (
     TASKS,
     Colorization,
@@ -189,6 +190,8 @@ def test_random_masks_are_for_images(shape):
 def test_a_hole_in_the_smallest_images():
     for size in ((1, 3), (2, 2), (1, 90)):
         assert Hole().drawn(torch.zeros(1, 1, *size), range(8)).mask.shape == (8, 1, *size)
+        missing = Hole().missing(100, *size, Draws(seed(), torch.device("cpu"))).flatten(1)
+        assert bool(missing.any(1).all()) and not bool(missing.all(1).any())
 
 
 @pytest.mark.slow

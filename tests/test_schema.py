@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from scorematch.core import json_files
@@ -84,6 +85,7 @@ def test_one_value_or_a_list_of_values():
 
 
 def test_values_in_messages_are_short():
+    assert quote(np.eye(2)) == "array([[1., 0.], [0., 1.]])"
     assert quote(16**10_000) == "a number of thousands of digits"
     assert len(quote([["x" * 1000] * 1000])) <= 60
     assert plain("conv_in.weight") == "conv_in.weight" and plain("a\nb") == r"'a\nb'" and len(plain("x" * 999)) <= 60

@@ -23,6 +23,7 @@ from scorematch.restoration import (
     moments,
 )
 from scorematch.restoration import shift as method
+from scorematch.restoration.cosine import CosineCovariance
 from scorematch.sampling import AncestralSampler, ODESampler
 from tests.helpers import gaussian_images, run, seed
 
@@ -222,3 +223,16 @@ def test_a_network_in_bfloat16_gives_nearly_the_same():
     ]
     x, rounded = (run(sampler, 50, observation=observation, generator=0) for sampler in samplers)
     assert (rounded - x).square().mean().sqrt() < 0.03
+
+
+def test_the_estimate_of_the_covariance_is_made_once(monkeypatch):
+    """Its bands need a sort of all frequencies, which takes longer than a network for large images."""
+    made = []
+    for module in (method, moments):
+        monkeypatch.setattr(
+            module, "CosineCovariance", lambda *given: made.append(CosineCovariance(*given)) or made[-1]
+        )
+    for name in ("shift", "moment-matching"):
+        sampler = ODESampler(Gaussian([0.0, 1.0], 1.0), NoiseSchedule.geometric(4, 0.1, 4), restore=name)
+        run(sampler, 2, observation=Observation(Mask(torch.tensor([True, False])), torch.zeros(1, 2)), generator=0)
+    assert len(made) == 2

@@ -284,7 +284,8 @@ class _Picture:
         operator, common = observation.operator, (observation.y.shape, observation.sigma)
         if operator is self._given:
             return self.photo.tile, common
-        if operator.mask is None and operator.text() is None:
+        # Without a gain the mask is not that of all parts, such as those that were drawn for this picture.
+        if operator.text() is None and (operator.mask is None or operator.gain is None):
             return self.photo.tile, self.path
         mask = b"" if operator.mask is None else np.asarray(operator.mask).tobytes()
         return self.photo.tile, (common, repr(operator), mask)

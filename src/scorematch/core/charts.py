@@ -117,7 +117,8 @@ def _round_numbers(low: float, high: float) -> list[float]:
     span = (high - low) or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / 5))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span / 5)
-    return [round(i * step, 12) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    digits = max(12, 2 - math.floor(math.log10(step)))
+    return [round(i * step, digits) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 def _line(points: Sequence[tuple[float, float]], color: str, width: float = 1) -> str:

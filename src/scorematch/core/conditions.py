@@ -234,6 +234,8 @@ def _as_part(given: Any, x: Tensor, name: str, takes: Condition) -> Tensor:
     if takes.vector:
         _check_vectors(values, wanted, takes)
     if takes.classes is not None:
+        if values.ndim > 1:
+            raise ValueError(f"the classes must have shape ({len(x)},) like the batch, got {tuple(values.shape)}.")
         classes = takes.classes + takes.null_class
         wrong = first_where(values, lambda values: (values < 0) | (values >= classes))
         if wrong is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ def quote(value: Any) -> str:
         text = _REPR.repr(value)
     except ValueError:  # Python does not write integers of more than 4,300 digits
         text = "a number of thousands of digits"
-    return _shortened(text, _LONGEST)
+    return _shortened(re.sub(r"\s*\n\s*", " ", text), _LONGEST)
 
 
 def plain(name: str) -> str:

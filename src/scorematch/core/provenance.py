@@ -50,7 +50,7 @@ def _parts(value: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
     """
     if isinstance(value, Tensor):
         yield f"{value.dtype} {tuple(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        yield value.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy()
         return
     if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:  # the repr depends on NumPy's version
         yield f"{value.dtype.str} {value.shape}".encode()
@@ -61,7 +61,8 @@ def _parts(value: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
         return
     if isinstance(value, type | FunctionType | BuiltinFunctionType):
         yield f"{value.__module__}.{value.__qualname__}".encode()
-        if not isinstance(value, FunctionType):
+        bound = isinstance(value, BuiltinFunctionType) and not isinstance(value.__self__, type | ModuleType | None)
+        if not (bound or isinstance(value, FunctionType)):
             return
     if id(value) in within:
         return
@@ -85,17 +86,27 @@ def _parts(value: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
     elif isinstance(value, CodeType):
         yield value.co_code
         yield from nested([value.co_names, value.co_consts])
+    elif isinstance(value, BuiltinFunctionType):  # of an object, such as the method ``get`` of a dict
+        yield from nested([value.__self__])
     elif isinstance(value, MethodType):
         yield from nested([value.__func__, value.__self__])
     elif callable(definition := getattr(value, "definition", None)):
         yield from nested(definition())
     elif isinstance(value, nn.Module):
         yield from nested([getattr(value, "config", None), dict(value.state_dict())])
-    elif hasattr(value, "__dict__"):
-        yield from nested({key: entry for key, entry in vars(value).items() if key[0] != "_"})
+    elif (attributes := _attributes(value)) or hasattr(value, "__dict__"):
+        yield from nested(attributes)
     else:
         yield re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)).encode()
     yield b")"
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """The attributes of an object without those that begin with an underscore, also those of ``__slots__``."""
+    slots = itertools.chain.from_iterable(vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
+    # The function of functools.lru_cache is in __wrapped__.
+    return {name: each for name, each in found.items() if name[0] != "_" or name == "__wrapped__"}
 
 
 def _content(cell: Any) -> Any:

@@ -23,18 +23,18 @@ from torch import Tensor
 from scorematch.core.arguments import check_choice, check_value
 from scorematch.core.schema import Field
 from scorematch.restoration.decomposition import Decomposition, hartley
-from scorematch.restoration.operator import Operator, kind_of, spatial_axes
+from scorematch.restoration.operator import SameShape, kind_of, spatial_axes
 
 __all__ = ["Blur", "GaussianBlur", "MotionBlur"]
 
 Boundary = Literal["circular", "reflect", "zeros"]
 _BOUNDARIES = ("circular", "reflect", "zeros")
-_POSITIVE = Field(float, above=0)
+_SIZE = Field(float, above=0, high=10_000)  # in pixels
 _TAIL = 3  # standard deviations from the center to the border of a Gaussian kernel
 _POINTS = 1000  # on a motion for each pixel of its length
 
 
-class Blur(Operator):
+class Blur(SameShape):
     """The convolution with a kernel, over as many of the last axes of the samples as the kernel has.
 
     Args:
@@ -80,10 +80,6 @@ class Blur(Operator):
         if self.boundary == "reflect":
             return super().adjoint(y)
         return self._convolved(self._extended(y), y.shape, transposed=True)
-
-    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
-        """That of y."""
-        return tuple(y.shape[1:])
 
     def to(self, device: torch.device | str) -> Blur:
         """The operator with its kernel on a device."""
@@ -163,7 +159,7 @@ class GaussianBlur(Blur):
     channels are blurred: one of signals (N, C, L), two of images; for vectors (N, D), their only axis.
 
     Args:
-        deviation: the standard deviation s in pixels, positive.
+        deviation: the standard deviation s in pixels, positive, at most 10,000.
         boundary: as for ``Blur``.
 
     Attributes:
@@ -171,7 +167,7 @@ class GaussianBlur(Blur):
 
     Raises:
         TypeError: if ``deviation`` is not a number.
-        ValueError: if ``deviation`` is not positive.
+        ValueError: if ``deviation`` is out of range.
     """
 
     separable = True
@@ -179,7 +175,7 @@ class GaussianBlur(Blur):
     examples = ("blur:2", "blur:1", "blur:4")
 
     def __init__(self, deviation: float, *, boundary: Boundary = "circular") -> None:
-        check_value("deviation", deviation, _POSITIVE)
+        check_value("deviation", deviation, _SIZE)
         self.deviation = deviation
         r = math.ceil(_TAIL * deviation)
         weights = torch.exp(-torch.arange(-r, r + 1, device="cpu").double().square() / (2 * deviation**2))
@@ -211,7 +207,7 @@ class MotionBlur(Blur):
     examples = ("motion:9,45", "motion:5,0", "motion:15,45")
 
     def __init__(self, length: float, angle: float = 0, *, boundary: Boundary = "circular") -> None:
-        check_value("length", length, Field(float, above=0, high=10_000))
+        check_value("length", length, _SIZE)
         check_value("angle", angle, Field(float))
         self.length, self.angle = length, angle
         n = _POINTS * math.ceil(length)

@@ -98,6 +98,7 @@ class Fourier(Operator):
     def adjoint(self, y: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """The sum over the coils of the inverse transform times the conjugate sensitivity."""
         mask = self._sampled(y)
+        self.sample_shape(y)  # checks the number of channels
         z = torch.fft.ifftn(_joined(torch.where(mask, _exact(y), 0)), dim=self._last, norm="ortho")
         if self.sensitivities is not None:
             z = (self._coils(y).conj() * z.unflatten(1, (len(self.sensitivities), -1))).sum(1)
@@ -169,8 +170,8 @@ class Fourier(Operator):
 class FourierLines(Fourier):
     """Observes every k-th line of the Fourier transform of images, and those around the frequency zero.
 
-    The lines are columns of the transform. Column f of W is sampled if f, or W - f, is a multiple of k or at most
-    center W / 2.
+    The lines are columns of the transform. Column f of W is sampled if the smaller one of f and W - f is a multiple of
+    k or at most center W / 2.
 
     Args:
         every: k, the distance of the lines.

@@ -138,7 +138,7 @@ class Likelihood(Restoration):
         if callable(observation.sigma):
             weighted = observation.precision(residual) / (1 + extra)
         else:
-            weighted = observation.observed(residual / (torch.as_tensor(observation.sigma) ** 2 + extra))
+            weighted = observation.observed(residual / (observation.sigma**2 + extra))
         return (residual * weighted).flatten(1).sum(1) / 2, deviation * near.adjoint(weighted)
 
     def finish(self, x: Tensor) -> Tensor:

@@ -100,6 +100,8 @@ class Matrix(Operator):
 
     def adjoint(self, y: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """The product with the transposed matrix, (N, D), or of the shape of the samples."""
+        if y.shape[1:] != self.a.shape[:1]:
+            raise ValueError(f"y of {self!r} must have shape ({len(self.a)},), got {tuple(y.shape[1:])}.")
         return (y @ self.a.to(y)).view(len(y), *((-1,) if shape is None else shape))
 
     def decomposition(self, x: Tensor) -> Decomposition:

@@ -71,7 +71,7 @@ def strokes(n: int, height: int, width: int, draws: Draws) -> Tensor:
         corner = following
     drawn = torch.arange(3, device=draws.device) < count
     mask = (lines & drawn[..., None, None]).any(1)
-    # Three long thick lines may cover a small image completely, but one line cannot.
+    # Three long thick lines may cover a small image completely, but one line covers only one of a few pixels.
     return torch.where(mask.all(2).all(1)[:, None, None], lines[:, 0], mask)
 
 

@@ -25,6 +25,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -80,7 +81,9 @@ class MomentMatching(Restoration):
             with backward_pass():
                 return torch.autograd.grad(denoised, x, u, retain_graph=True)[0]
 
-        covariance = self._covariances.setdefault(rows.start, CosineCovariance(x, self._variance))
+        if rows.start not in self._covariances:
+            self._covariances[rows.start] = CosineCovariance(x, self._variance)
+        covariance = self._covariances[rows.start]
         covariance.at(level)
         near = observation.operator.linearized(denoised.detach())
         system = System(observation, near)
@@ -143,9 +146,10 @@ def image_of(operator: Operator, y: Tensor, shape: Sequence[int]) -> Tensor:
 
     They are zeros if it has another shape and the operator is not linear.
     """
-    found = operator.as_image(y)
-    if found.shape[1:] == tuple(shape):
-        return found
+    with suppress(RuntimeError, IndexError, ValueError):  # y does not fit an operator before a matrix or a function
+        found = operator.as_image(y)
+        if found.shape[1:] == tuple(shape):
+            return found
     zeros = y.new_zeros((len(y), *shape))
     return exactly(Observation(operator, y).of_shape(shape), zeros) if operator.is_linear else zeros
 

@@ -21,20 +21,12 @@ from torch import Tensor
 from scorematch.core.arguments import argument, check_count, check_value
 from scorematch.core.schema import Field
 from scorematch.data.pictures import to_pixels
-from scorematch.restoration.operator import Linearization, Operator, spatial_axes
+from scorematch.restoration.operator import Linearization, Operator, SameShape, spatial_axes
 
 __all__ = ["JPEG", "Clip", "Magnitude", "Quantize"]
 
 
-class _SameShape(Operator):
-    """An operator whose measurement has the shape of x."""
-
-    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
-        """That of y."""
-        return tuple(y.shape[1:])
-
-
-class _Rounding(_SameShape):
+class _Rounding(SameShape):
     """An operator whose derivative is taken to be the identity."""
 
     def linearized(self, x: Tensor) -> Linearization:
@@ -42,7 +34,7 @@ class _Rounding(_SameShape):
         return Linearization(self.measure(x), lambda u: u, lambda v: v)
 
 
-class Clip(_SameShape):
+class Clip(SameShape):
     """Saturation: values below ``low`` and above ``high`` are measured as ``low`` and ``high``.
 
     Where a value is saturated its derivative is 0.

@@ -29,6 +29,7 @@ Noise: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
 _TOLERANCE = 1e-3  # of the checks of an operator, relative
 _SAME = 1e-5  # the largest relative difference of noise levels that are the same, with rounding
 _PROBES = 8  # random samples that show how an operator scales
+_LARGEST = 1e18  # noise level with a square in float32; more is no measurement, and less than 1e-18 is no noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +53,10 @@ class Observation:
     Raises:
         TypeError: if ``operator`` is not an ``Operator``, y or its measurement is not a floating-point tensor, or sigma
             is of another type.
-        ValueError: if sigma is negative, NaN or of another shape, or, as a function, not the product with the inverse
-            of a covariance; if y does not fit the operator, or is not finite where it is observed; or if the operator
-            fails a check on random values: it is not linear although it says so, its gain or its adjoint is wrong, it
-            mixes the samples of a batch, or it changes x in place.
+        ValueError: if sigma is negative, NaN, of another shape, a number above 1e18 or, as a function, not the product
+            with the inverse of a covariance; if y does not fit the operator, or is not finite where it is observed; or
+            if the operator fails a check on random values: it is not linear although it says so, its gain or its
+            adjoint is wrong, it mixes the samples of a batch, or it changes x in place.
 
     Example:
         >>> from scorematch.restoration import as_operator
@@ -79,14 +80,8 @@ class Observation:
             )
         check_data(self.y, "y")
         self._set(operator=self.operator.with_axes(self.y.ndim), sigma=_check_noise(self.sigma, self.y))
-        mask = self.operator.mask_of(self.y)
-        if isinstance(self.sigma, Tensor):
-            measured = self.sigma.isfinite()
-            mask = measured if mask is None else mask.to(measured.device) & measured
-        self._set(mask=mask)
-        self._check_finite()
-        if len({len(self.operator), len(self.y)} - {1}) > 1:
-            raise ValueError(f"y must have {len(self.operator)} images, like the operator, got {len(self.y)}.")
+        self._check_finite(self.operator.mask_of(self.y))
+        self._check_number()
         shape = self.operator.sample_shape(self.y)
         if shape is not None:
             self._check(shape)
@@ -105,13 +100,13 @@ class Observation:
             scale: c, the mean count for a measurement of 1, positive.
 
         Raises:
-            TypeError: if ``counts`` is not a tensor.
+            TypeError: if ``counts`` is not a tensor of real numbers.
             ValueError: if a count is negative or not finite, or ``scale`` is not positive.
 
         References:
             Mighell, 1999, Parameter Estimation in Astronomy with Poisson-distributed Data I, arXiv:astro-ph/9903093.
         """
-        if isinstance(counts, Tensor) and not counts.is_floating_point():
+        if isinstance(counts, Tensor) and not (counts.is_floating_point() or counts.is_complex()):
             counts = counts.float()
         check_data(counts, "counts")
         check_value("scale", scale, Field(float, above=0))
@@ -200,7 +195,7 @@ class Observation:
         """Whether the measurement of samples of a shape has the shape of y."""
         try:
             measured = self.operator.measure(self.y.new_zeros((max(len(self.y), len(self.operator)), *shape)))
-        except (RuntimeError, ValueError):
+        except (RuntimeError, IndexError, ValueError):
             return False
         return measured.shape[1:] == self.y.shape[1:]
 
@@ -241,14 +236,23 @@ class Observation:
 
     # -- Checks -------------------------------------------------------------------------------------------------------
 
-    def _check_finite(self) -> None:
+    def _check_finite(self, mask: Tensor | None) -> None:
+        """Checks y where the operator's mask and sigma observe it, which becomes the attribute."""
+        measured = self.sigma <= _LARGEST if isinstance(self.sigma, Tensor) else None
+        shape = None if mask is None else tuple(mask.shape)
         try:
+            if mask is not None and measured is not None:
+                measured = mask.to(measured.device) & measured
+            self._set(mask=mask if measured is None else measured)
             y = self.residual(torch.zeros_like(self.y))
         except RuntimeError as error:
-            shape = None if self.mask is None else tuple(self.mask.shape)
             raise ValueError(f"a mask of shape {shape} does not fit y of shape {tuple(self.y.shape)}.") from error
         if not bool(torch.isfinite(y).all()):
             raise ValueError("y must be finite where it is observed, got NaN or infinite values.")
+
+    def _check_number(self) -> None:
+        if len({len(self.operator), len(self.y)} - {1}) > 1:
+            raise ValueError(f"y must have {len(self.operator)} images, like the operator, got {len(self.y)}.")
 
     def _check(self, shape: tuple[int, ...]) -> None:
         """Checks operator and y for samples of this shape, which becomes the attribute."""
@@ -266,6 +270,7 @@ class Observation:
                 f"{tuple(self.y.shape[1:])}."
             )
         self._set(shape=shape, operator=self.operator.for_samples(zeros))
+        self._check_number()
         generator = torch.Generator().manual_seed(0)
         u, w = (standard_normal(zeros.shape, generator, zeros.device).to(zeros) for _ in range(2))
         # TF32 could exceed the tolerance. Under autocast a measurement may be in bfloat16.
@@ -346,10 +351,11 @@ class Observation:
 
 
 def check_sigma(sigma: float) -> float:
-    """The standard deviation of the noise in y as a float; ValueError if it is negative or not finite."""
-    if not (math.isfinite(sigma) and sigma >= 0):
-        raise ValueError(f"sigma, the standard deviation of the noise in y, must be at least 0, got {sigma!r}.")
-    return float(sigma)
+    """The noise level of y as a float, 0 up to 1e-18; ValueError if it is negative, NaN or above 1e18."""
+    if not 0 <= sigma <= _LARGEST:
+        wanted = "at least 0" if not sigma > 0 else f"at most {_LARGEST:g}"
+        raise ValueError(f"sigma, the standard deviation of the noise in y, must be {wanted}, got {sigma!r}.")
+    return float(sigma) if sigma > 1 / _LARGEST else 0.0
 
 
 def _check_noise(sigma: Noise, y: Tensor) -> Noise:
@@ -408,7 +414,7 @@ def _divided(sigma: Noise, t: Tensor) -> Noise:
     """The noise of y / t for that of y; a number if it is that of all values."""
     if callable(sigma):
         return lambda v: t * sigma(t * v)
-    found = torch.as_tensor(sigma) / t
+    found = sigma / t
     low, high = found.aminmax()
     return float(high) if bool(low >= (1 - _SAME) * high) and bool(high.isfinite()) else found
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from scorematch.core.batches import without_history
 from scorematch.core.randomness import standard_normal
 from scorematch.restoration.decomposition import Decomposition, decompose
 
@@ -70,8 +71,9 @@ class Operator(ABC):
         Raises:
             ValueError: if the shapes do not fit the operator.
         """
-        if self.gain is not None and type(self).pseudo_inverse is not Operator.pseudo_inverse:
-            return self.pseudo_inverse(y) * self.gain
+        gain = self.with_axes(y.ndim).gain
+        if gain is not None and type(self).pseudo_inverse is not Operator.pseudo_inverse:
+            return self.pseudo_inverse(y) * gain
         linearization = _linearized(self, y.new_zeros((len(y), *(y.shape[1:] if shape is None else shape))))
         if linearization.value.shape[1:] != y.shape[1:]:
             raise ValueError(
@@ -108,9 +110,10 @@ class Operator(ABC):
         Returns:
             The decomposition, or None if the operator is not linear or the matrix is too large.
         """
-        if self.gain is not None:
-            root = self.gain**0.5
-            values = x.new_full((), root) if self.mask is None else self.mask * root
+        gain = self.with_axes(x.ndim).gain
+        if gain is not None:
+            root = gain**0.5
+            values = x.new_full((), root) if self.mask is None else self.mask.to(x) * root
             return Decomposition(values, lambda x: self.measure(x) / root, lambda c: self.pseudo_inverse(c) * root)
         if not self.is_linear or x[0].numel() > _LARGEST:
             return None
@@ -255,10 +258,18 @@ class Operator(ABC):
         return found
 
 
+class SameShape(Operator):
+    """An operator whose measurement has the shape of x."""
+
+    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
+        """That of y."""
+        return tuple(y.shape[1:])
+
+
 def _linearized(operator: Operator, x: Tensor) -> Linearization:
     """An operator near x by automatic differentiation."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        x = without_history(x).requires_grad_()
         value = operator.measure(x)
         transposed = v = torch.zeros_like(value, requires_grad=True)
         if value.requires_grad:
@@ -362,7 +373,7 @@ class _Composition(Operator):
 
     def decomposition(self, x: Tensor) -> Decomposition | None:
         """That of the outer operator if the inner one has a gain and observes all values: its rows are orthogonal."""
-        c, inner = self.inner.gain, self.inner
+        c, inner = self.inner.with_axes(x.ndim).gain, self.inner
         if self.gain is not None or c is None or inner.mask is not None:
             return super().decomposition(x)
         outer = self.outer.decomposition(inner.measure(x))
@@ -408,7 +419,9 @@ class _Composition(Operator):
         """The composition of both for batches with this number of axes, on which the gain and the mask depend."""
         if axes == self._axes:
             return self
-        new = _Composition(self.outer.with_axes(axes), self.inner.with_axes(axes))
+        # Of the samples before a matrix or a function the number of axes is not known here; see ``for_samples``.
+        known = all(part.gain or type(part).sample_shape is not Operator.sample_shape for part in self.outer.parts())
+        new = _Composition(self.outer.with_axes(axes), self.inner.with_axes(axes) if known else self.inner)
         new._axes = axes
         return new
 

@@ -64,7 +64,7 @@ from scorematch.restoration.blur import GaussianBlur, MotionBlur
 from scorematch.restoration.fourier import FourierLines
 from scorematch.restoration.masks import Draws, boxes, halves, strokes
 from scorematch.restoration.nonlinear import JPEG, Clip, Quantize
-from scorematch.restoration.operator import Operator
+from scorematch.restoration.operator import Operator, SameShape
 from scorematch.restoration.resize import Resize
 
 __all__ = ["OPERATORS", "AveragePool", "Grayscale", "Half", "Hole", "Mask", "Uncrop", "as_operator"]
@@ -198,7 +198,7 @@ def _read_array(path: Path) -> Tensor:
     return torch.from_numpy(mask)
 
 
-class RandomMask(Operator):
+class RandomMask(SameShape):
     """The base class of operators with a random mask for each image, which ``drawn`` returns."""
 
     @abstractmethod
@@ -211,10 +211,6 @@ class RandomMask(Operator):
             raise ValueError(f"{self!r} is for images (N, C, H, W), got shape {tuple(x.shape)}.")
         each = (Draws(single_generator(number), x.device) for number in seeds)
         return Mask(~torch.cat([self.missing(1, x.shape[2], x.shape[3], draws) for draws in each]))
-
-    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
-        """That of y."""
-        return tuple(y.shape[1:])
 
     def measure(self, x: Tensor) -> Tensor:
         """It has no measurement before the masks are drawn."""
@@ -237,8 +233,9 @@ class Hole(RandomMask):
         """Strokes or boxes."""
         if height * width < 3:  # no number of pixels is 10 to 40 % of the area
             raise ValueError(f"a random hole needs an image of at least 3 pixels, got {height}x{width}.")
-        free_form = draws.uniform(n, 1, 1) < 0.6
-        return torch.where(free_form, strokes(n, height, width, draws), boxes(n, height, width, draws))[:, None]
+        free_form, drawn = draws.uniform(n, 1, 1) < 0.6, strokes(n, height, width, draws)
+        free_form = free_form & ~drawn.all(2, keepdim=True).all(1, keepdim=True)  # one line may cover a tiny image
+        return torch.where(free_form, drawn, boxes(n, height, width, draws))[:, None]
 
 
 class Half(RandomMask):

@@ -344,7 +344,7 @@ class Photograph:
             images: the restorations (K, ...) of ``observation`` by a sampler.
 
         Returns:
-            The pictures (K, C, H, W) in [0, 1], on the device of y.
+            The pictures (K, C, H, W), in [0, 1] if the images are, on the device of y.
         """
         images = images.to(self._y)
         if self.resized:

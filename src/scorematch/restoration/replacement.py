@@ -54,7 +54,7 @@ class Replacement(Restoration):
 
     def __init__(self, observation: Observation, gain: float) -> None:
         self._operator = observation.operator
-        self._y = self._operator.pseudo_inverse(observation.y)
+        self._y = self._operator.pseudo_inverse(observation.observed(observation.y))
         self.sigma = float(known_sigma(observation, "replace")) / gain**0.5
 
     def _observed(self, x: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Replacement(Restoration):
         return x if self.sigma else x - self._observed(x) + self._y
 
 
-class _OfEach(Restoration):
+class _OfEach(Replacement):
     """Noise-aware replacement, for a y whose values have noise of their own."""
 
     def __init__(self, observation: Observation, gain: float, sigma: Tensor) -> None:
@@ -128,10 +128,6 @@ class _OfEach(Restoration):
         share, pull = self._share(sigma, 1), self._share(sigma, 0) / sigma**2
         pulled = self._given(pull) - self._measured(x, pull)
         return score - self._measured(score, share) + pulled, z - self._measured(z, 1 - (1 - share).sqrt())
-
-    def project_last(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
-        """As ``project``, but without noise in addition to that of y, which would remain in the result."""
-        return self.project(x, sigma, torch.zeros_like(z) if self.sigma else z)
 
     def finish(self, x: Tensor) -> Tensor:
         """The denoised image, whose values that were observed without noise are replaced by the observation."""

@@ -91,7 +91,9 @@ class Shift(Restoration):
         denoised = shifted + level * follow
         near = observation.operator.linearized(denoised)
         system, residual = System(observation, near), observation.residual(near.value)
-        covariance = self._covariances.setdefault(rows.start, CosineCovariance(x, self._variance))
+        if rows.start not in self._covariances:
+            self._covariances[rows.start] = CosineCovariance(x, self._variance)
+        covariance = self._covariances[rows.start]
         covariance.at(level)
         v, changes, bend = torch.zeros_like(residual), None, x.new_ones(len(x))
         if last is not None:

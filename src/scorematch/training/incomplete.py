@@ -67,6 +67,7 @@ from scorematch.data.arrays import read_arrays
 from scorematch.data.pictures import is_picture, save_grid
 from scorematch.nets.precondition import ROWS
 from scorematch.restoration import Mask, Observation
+from scorematch.restoration.moments import image_of
 from scorematch.sampling import ODESampler
 from scorematch.sampling.bulk import prepared
 from scorematch.score import ScoreNet
@@ -400,8 +401,7 @@ class _Stages:
     def _show(self, stage: int, x: Tensor) -> None:
         """Writes a picture of what was measured, and beside it of the draws."""
         items = self.observation.rows(slice(0, len(x)))
-        seen = items.operator.as_image(items.observed(items.y))
-        pairs = [seen, x] if seen.shape == x.shape else [x]
+        pairs = [image_of(items.operator, items.observed(items.y), self.shape), x]
         low, high = self.net.value_range or (float(x.min()), float(x.max()))
         (self.folder / "report").mkdir(exist_ok=True)
         images = ((torch.stack(pairs, 1).flatten(0, 1) - low) / (high - low)).clamp(0, 1)
