@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -95,6 +96,7 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
         (("x.npz", "--guidance", "2"), "--guidance needs a condition. Add --condition with 2 values"),
         (("x.txt",), "the file must end in .npz or .npy, or for a plot in .png"),
         (("x.png", "--columns", "2"), "--columns is for pictures, and .* draws other data"),
+        (("DAMAGED.npy/x.npz",), "cannot be written to: .*DAMAGED.npy is not a folder"),
     ],
 )
 def test_bad_options_of_sample_are_refused(run, tmp_path, capsys, monkeypatch, arguments, message):
@@ -110,6 +112,12 @@ def test_bad_options_of_sample_are_refused(run, tmp_path, capsys, monkeypatch, a
     name, *options = arguments
     command = ["sample", str(run), str(tmp_path / name), *options, *QUIET]
     assert re.search(message, refused(command, capsys, unprinted="network calls"))
+
+
+def test_without_matplotlib_no_samples_are_drawn_for_a_plot(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    command = ["sample", str(run), str(tmp_path / "x.png"), *QUIET]
+    assert "x.png needs Matplotlib: pip install" in refused(command, capsys, unprinted="network calls")
 
 
 def test_other_commands_say_that_they_are_for_pictures(run, tmp_path, capsys):

@@ -24,7 +24,7 @@ from scorematch.core.processes import this_process
 from scorematch.core.scores import attribute, middle_of
 from scorematch.data.arrays import write_arrays
 from scorematch.data.pictures import check_picture, grid, save_animation, save_grid, save_image, to_uint8
-from scorematch.data.plots import save_plot
+from scorematch.data.plots import check_plot, save_plot
 from scorematch.data.samples import Format, read_samples, values_and_condition
 from scorematch.sampling import Sampler
 from scorematch.sampling.bulk import Job, prepared
@@ -135,6 +135,7 @@ def _run(args: argparse.Namespace) -> None:
     if not draws_pictures(net):
         refuse(args, ["gif", "columns"], f"is for pictures, and {args.model} draws other data")
     if args.out is None and (not draws_pictures(net) or Path(args.picture).suffix.lower() in _ARRAYS):
+        refuse(args, ["gif", "columns"], f"is for a picture, and {args.picture} has values")
         _draw_values(args, job)
     elif args.out is None:
         _draw(args, job)
@@ -150,6 +151,8 @@ def _draw_values(args: argparse.Namespace, job: Job) -> None:
             f"the file must end in .npz or .npy, or for a plot in {', '.join(_PLOTS)}, got {path}. Write {path}.npz, "
             "or --out FOLDER for many samples."
         )
+    if path.suffix.lower() in _PLOTS:
+        check_plot(path)  # before the work
     check_new([path], args.overwrite)
     sampler = prepared(job.sampler)
     announce(sampler, args.n, job.condition_of(range(1)))
