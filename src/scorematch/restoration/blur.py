@@ -29,7 +29,7 @@ __all__ = ["Blur", "GaussianBlur", "MotionBlur"]
 
 Boundary = Literal["circular", "reflect", "zeros"]
 _BOUNDARIES = ("circular", "reflect", "zeros")
-_POSITIVE = Field(float, above=0)
+_SIZE = Field(float, above=0, high=10_000)  # in pixels
 _TAIL = 3  # standard deviations from the center to the border of a Gaussian kernel
 _POINTS = 1000  # on a motion for each pixel of its length
 
@@ -163,7 +163,7 @@ class GaussianBlur(Blur):
     channels are blurred: one of signals (N, C, L), two of images; for vectors (N, D), their only axis.
 
     Args:
-        deviation: the standard deviation s in pixels, positive.
+        deviation: the standard deviation s in pixels, positive, at most 10,000.
         boundary: as for ``Blur``.
 
     Attributes:
@@ -171,7 +171,7 @@ class GaussianBlur(Blur):
 
     Raises:
         TypeError: if ``deviation`` is not a number.
-        ValueError: if ``deviation`` is not positive.
+        ValueError: if ``deviation`` is out of range.
     """
 
     separable = True
@@ -179,7 +179,7 @@ class GaussianBlur(Blur):
     examples = ("blur:2", "blur:1", "blur:4")
 
     def __init__(self, deviation: float, *, boundary: Boundary = "circular") -> None:
-        check_value("deviation", deviation, _POSITIVE)
+        check_value("deviation", deviation, _SIZE)
         self.deviation = deviation
         r = math.ceil(_TAIL * deviation)
         weights = torch.exp(-torch.arange(-r, r + 1, device="cpu").double().square() / (2 * deviation**2))
@@ -211,7 +211,7 @@ class MotionBlur(Blur):
     examples = ("motion:9,45", "motion:5,0", "motion:15,45")
 
     def __init__(self, length: float, angle: float = 0, *, boundary: Boundary = "circular") -> None:
-        check_value("length", length, Field(float, above=0, high=10_000))
+        check_value("length", length, _SIZE)
         check_value("angle", angle, Field(float))
         self.length, self.angle = length, angle
         n = _POINTS * math.ceil(length)
