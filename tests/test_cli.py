@@ -232,6 +232,9 @@ def test_an_interrupted_command_gives_status_130(capsys, monkeypatch):
     monkeypatch.setattr(cli.train, "check_folder_name", lambda folder: interrupt())
     assert main(["train", "faces", "--out", "run"]) == 130
     assert capsys.readouterr().err == "scorematch: interrupted; repeat the command to continue\n"
+    monkeypatch.setattr(cli.ema, "check_new_network", lambda folder, overwrite: interrupt())
+    assert main(["ema", "run", "--length", "0.1", "--out", "averaged"]) == 130  # it begins anew
+    assert capsys.readouterr().err == "scorematch: interrupted\n"
 
 
 def test_an_interruption_of_the_imports_shows_no_traceback():

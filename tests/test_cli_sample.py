@@ -287,6 +287,7 @@ def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
         (["{folder}", "a.png", "--out", "b"], "a.png and --out b cannot be combined. Name a picture or a folder."),
         (["{folder}", "--out", "a.png"], "the output must be a folder, got the name of a picture, a.png. Write a."),
         (["{folder}", "a.png/"], "the output must be a folder, got the name of a picture, a.png. Write a."),
+        (["{folder}", "a/%03d.npz"], "a/%03d.npz is a pattern, which is for pictures. Name one file, or write --out"),
         (["{folder}", "a.npz", "--gif"], "--gif is for a picture, and a.npz has values. Leave it out."),
         (["{folder}", "a.npy", "--columns", "2"], "--columns is for a picture, and a.npy has values. Leave it out."),
         (["{folder}", "a.png", "--npz"], "--npz is for --out FOLDER. Leave it out."),

@@ -814,6 +814,7 @@ def test_measurements_that_do_not_fit_are_refused(damaged, tmp_path, monkeypatch
         ({"y": np.full((8, 2), np.nan), "mask": np.ones((8, 2), bool)}, [], "y must be finite where it is observed"),
         ({"y": np.zeros((8, 2))}, ["--sigma", "0"], "that is clean data"),
         ({"y": np.zeros((8, 2))}, ["--observed-where", "masks"], "--observed-where is for a folder of pictures"),
+        ({"y": np.zeros((8, 2))}, ["--channels", "3"], "--channels is for pictures with --observed-where"),
         ({"y": np.zeros((8, 2))}, ["--padding", "circular"], "--padding is for signals, fields and volumes, and these"),
         ({"y": np.zeros((8, 1, 8, 8))}, ["--padding", "circular"], "--padding is for a new network of data that are"),
     ],

@@ -34,6 +34,7 @@ _ARRAYS, _PLOTS = (".npz", ".npy"), (".png", ".pdf", ".svg")  # the files of sam
 _BATCH_SIZE = 64  # of a folder
 _ON_THE_SHEET = 64
 _FRAMES = 30  # of an animation, at least, if the sampler has as many steps, and at most twice as many
+_PATTERN = re.compile(r"%(0\d{0,2}|\d?)d")  # the number of the image in the name of its file
 _DEVIATION = 0.25  # the standard deviation of images in [0, 1] that the preconditioning "karras" assumes
 
 
@@ -151,6 +152,8 @@ def _draw_values(args: argparse.Namespace, job: Job) -> None:
             f"the file must end in .npz or .npy, or for a plot in {', '.join(_PLOTS)}, got {path}. Write {path}.npz, "
             "or --out FOLDER for many samples."
         )
+    if _PATTERN.search(path.name):
+        raise ValueError(f"{args.picture} is a pattern, which is for pictures. Name one file, or write --out FOLDER.")
     if path.suffix.lower() in _PLOTS:
         check_plot(path)  # before the work
     check_new([path], args.overwrite)
@@ -190,15 +193,15 @@ def _draw(args: argparse.Namespace, job: Job) -> None:
 
 def _pictures(name: str, n: int) -> list[Path]:
     """The files of n images: one for all of them, or one for each if the name is a folder or a pattern."""
-    path, pattern = Path(name).expanduser(), re.compile(r"%(0\d{0,2}|\d?)d")
+    path = Path(name).expanduser()
     # But not my%20digits.png, whose name a browser has escaped.
-    if wrong := re.search(r"%(?![0-9A-Fa-f]{2}).?", pattern.sub("", name)):
+    if wrong := re.search(r"%(?![0-9A-Fa-f]{2}).?", _PATTERN.sub("", name)):
         raise ValueError(f"a pattern must have %d or %03d for the number of the image, got {wrong[0]!r} in {name!r}.")
     if name.endswith(("/", os.sep)) or path.is_dir():
         check_folder_name(path)
         return [path / f"{i:06d}.png" for i in range(n)]  # as in the folder of --out
-    if pattern.search(name):
-        return [Path(pattern.sub(lambda found: f"{i:{found[1]}d}", str(path))) for i in range(n)]  # noqa: B023
+    if _PATTERN.search(name):
+        return [Path(_PATTERN.sub(lambda found: f"{i:{found[1]}d}", str(path))) for i in range(n)]  # noqa: B023
     if not path.suffix:
         raise ValueError(f"{name} has no extension and is no folder. Write {name}.png, or {name}/ for a new folder.")
     return [path]
