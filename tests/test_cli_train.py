@@ -826,6 +826,14 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path, monkeypatch, capsys, array
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [(), ("--sigma", "0.1", "--dry-run")])
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, capsys, options):
+    np.savez(tmp_path / "y.npz", y=np.zeros((8, 2)))
+    out = tmp_path / "y.npz" / "run"
+    assert main(["train", str(tmp_path / "y.npz"), "--out", str(out), *options]) == 2
+    assert f"{out} cannot be written to: {out.parent} is not a folder." in capsys.readouterr().err
+
+
 def test_options_of_measurements_need_the_noise(tmp_path, capsys):
     assert main(["train", str(tmp_path), "--out", "out", "--observed-where", "masks"]) == 2
     assert "--observed-where needs the noise of the pictures: add --sigma" in capsys.readouterr().err

@@ -35,8 +35,9 @@ def check_new_network(folder: Path, overwrite: bool) -> None:
 
 
 def check_folder_name(folder: Path) -> None:
-    """Raises if the name of a folder to write is that of a picture."""
+    """Raises if the name of a folder to write is that of a picture, or the folder cannot be written."""
     if folder.suffix.lower() in ENDINGS:
         raise ValueError(
             f"the output must be a folder, got the name of a picture, {folder}. Write {folder.with_suffix('')}."
         )
+    check_writable(folder.absolute())
