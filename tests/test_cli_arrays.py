@@ -89,6 +89,7 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
         (("x.npz", "--condition", "-0.3,0,1"), r"--condition must have 2 values for each sample.*got shape \(1, 3\)"),
         (("x.npz", "--condition", "DAMAGED.npy"), "DAMAGED.npy cannot be read as an .npy file"),
         (("x.npz", "--condition", "OTHER.h5"), "OTHER.h5 must have the array condition, but has no condition"),
+        (("x.npz", "--condition", "TWO.npy", "-n", "64"), "has 2 samples, but -n is 64. Leave out -n, or write -n 2"),
         (("x.npz", "--condition", "0.3,nan"), r"--condition must be finite, .* the first at \[0, 1\]"),
         (("x.npz", "--condition", "GAPS.nc"), r"--condition must be finite, .* the first at \[1, 0\]"),
         (("x.npz", "--condition", "a"), "--condition must be numbers, such as 0.3,0.7, or a file .* got 'a'"),
@@ -103,6 +104,7 @@ def test_bad_options_of_sample_are_refused(run, tmp_path, capsys, monkeypatch, a
     import h5py
 
     monkeypatch.chdir(tmp_path)
+    np.save("TWO.npy", np.ones((2, 2), np.float32))
     np.save("DAMAGED.npy", np.array([{}]), allow_pickle=True)
     with h5py.File("OTHER.h5", "w") as file:
         file["a"] = file["b"] = np.zeros((2, 2))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scorematch.cli.options import Commands, given, refuse
+from scorematch.cli.options import Commands, refuse
 from scorematch.cli.options.classes import add_classes, add_condition, add_guidance, find_classes, find_condition, guide
 from scorematch.cli.options.duration import announce, count
 from scorematch.cli.options.networks import add_model, draws_pictures, load
@@ -31,6 +31,7 @@ from scorematch.sampling.bulk import Job, prepared
 from scorematch.sampling.folder import SampleFolder
 
 _ARRAYS, _PLOTS = (".npz", ".npy"), (".png", ".pdf", ".svg")  # the files of samples that are not pictures
+_N = 64
 _BATCH_SIZE = 64  # of a folder
 _ON_THE_SHEET = 64
 _FRAMES = 30  # of an animation, at least, if the sampler has as many steps, and at most twice as many
@@ -71,8 +72,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "-n",
         type=image_count,
-        default=64,
-        help="the number of images; several images in one file form a grid (default: 64)",
+        help=f"the number of images; several images in one file form a grid (default: {_N}, or one for each sample of "
+        "--condition)",
     )
     parser.add_argument(
         "--columns", type=image_count, help="images per row of the grid (default: about as many as rows)"
@@ -129,8 +130,8 @@ def _run(args: argparse.Namespace) -> None:
         condition=find_condition(args, net),
     )
     samples = length(job.condition) or 1
-    if samples > 1 and not given(args, ["n"]):
-        args.n = samples
+    if args.n is None:
+        args.n = samples if samples > 1 else _N
     if 1 < samples < args.n:
         raise ValueError(f"--condition has {samples} samples, but -n is {args.n}. Leave out -n, or write -n {samples}.")
     if not draws_pictures(net):
