@@ -270,6 +270,12 @@ def test_an_error_of_the_operating_system_names_the_file(tmp_path, capsys):
     assert error == f"scorematch: {missing}: No such file or directory\n"
 
 
+def test_convert_names_its_options(tmp_path, capsys):
+    checkpoint = Path(__file__).parent / "fixtures" / "score_sde" / "checkpoint_1.pth"
+    error = refused(["convert", checkpoint, tmp_path / "network"], capsys)
+    assert "or a file with the authors' options, as --config." in error
+
+
 def test_an_error_of_the_operating_system_has_no_number(capsys, monkeypatch):
     def fail():
         raise OSError(errno.ENOSPC, "the checkpoint could not be written to runs/a (No space left on device)")
