@@ -232,6 +232,9 @@ def test_an_interrupted_command_gives_status_130(capsys, monkeypatch):
     monkeypatch.setattr(cli.train, "check_folder_name", lambda folder: interrupt())
     assert main(["train", "faces", "--out", "run"]) == 130
     assert capsys.readouterr().err == "scorematch: interrupted; repeat the command to continue\n"
+    monkeypatch.setattr(cli.ema, "check_new_network", lambda folder, overwrite: interrupt())
+    assert main(["ema", "run", "--length", "0.1", "--out", "averaged"]) == 130  # it begins anew
+    assert capsys.readouterr().err == "scorematch: interrupted\n"
 
 
 def test_an_interruption_of_the_imports_shows_no_traceback():
@@ -265,6 +268,12 @@ def test_an_error_of_the_operating_system_names_the_file(tmp_path, capsys):
     missing = tmp_path / "missing.pth"
     error = refused(["convert", missing, tmp_path / "network"], capsys)
     assert error == f"scorematch: {missing}: No such file or directory\n"
+
+
+def test_convert_names_its_options(tmp_path, capsys):
+    checkpoint = Path(__file__).parent / "fixtures" / "score_sde" / "checkpoint_1.pth"
+    error = refused(["convert", checkpoint, tmp_path / "network"], capsys)
+    assert "or a file with the authors' options, as --config." in error
 
 
 def test_an_error_of_the_operating_system_has_no_number(capsys, monkeypatch):

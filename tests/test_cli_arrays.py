@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -88,6 +89,7 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
         (("x.npz", "--condition", "-0.3,0,1"), r"--condition must have 2 values for each sample.*got shape \(1, 3\)"),
         (("x.npz", "--condition", "DAMAGED.npy"), "DAMAGED.npy cannot be read as an .npy file"),
         (("x.npz", "--condition", "OTHER.h5"), "OTHER.h5 must have the array condition, but has no condition"),
+        (("x.npz", "--condition", "TWO.npy", "-n", "64"), "has 2 samples, but -n is 64. Leave out -n, or write -n 2"),
         (("x.npz", "--condition", "0.3,nan"), r"--condition must be finite, .* the first at \[0, 1\]"),
         (("x.npz", "--condition", "GAPS.nc"), r"--condition must be finite, .* the first at \[1, 0\]"),
         (("x.npz", "--condition", "a"), "--condition must be numbers, such as 0.3,0.7, or a file .* got 'a'"),
@@ -95,12 +97,14 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
         (("x.npz", "--guidance", "2"), "--guidance needs a condition. Add --condition with 2 values"),
         (("x.txt",), "the file must end in .npz or .npy, or for a plot in .png"),
         (("x.png", "--columns", "2"), "--columns is for pictures, and .* draws other data"),
+        (("DAMAGED.npy/x.npz",), "cannot be written to: .*DAMAGED.npy is not a folder"),
     ],
 )
 def test_bad_options_of_sample_are_refused(run, tmp_path, capsys, monkeypatch, arguments, message):
     import h5py
 
     monkeypatch.chdir(tmp_path)
+    np.save("TWO.npy", np.ones((2, 2), np.float32))
     np.save("DAMAGED.npy", np.array([{}]), allow_pickle=True)
     with h5py.File("OTHER.h5", "w") as file:
         file["a"] = file["b"] = np.zeros((2, 2))
@@ -110,6 +114,12 @@ def test_bad_options_of_sample_are_refused(run, tmp_path, capsys, monkeypatch, a
     name, *options = arguments
     command = ["sample", str(run), str(tmp_path / name), *options, *QUIET]
     assert re.search(message, refused(command, capsys, unprinted="network calls"))
+
+
+def test_without_matplotlib_no_samples_are_drawn_for_a_plot(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    command = ["sample", str(run), str(tmp_path / "x.png"), *QUIET]
+    assert "x.png needs Matplotlib: pip install" in refused(command, capsys, unprinted="network calls")
 
 
 def test_other_commands_say_that_they_are_for_pictures(run, tmp_path, capsys):

@@ -130,6 +130,7 @@ def test_info_about_a_folder_takes_a_tilde(folder, monkeypatch, capsys):
     [
         ("---\nlibrary_name: scorematch\nlicense: mit\n---\n# Net\n", "mit"),
         ("---\ntags: [a]\n---\nlicense: mit\n", "not stated"),
+        ("---\nlicense: \33[2Jmit\n---\n", r"'\x1b[2Jmit'"),  # which would clear the terminal
         ("# Net\n", "not stated"),
     ],
 )

@@ -131,5 +131,7 @@ def test_bad_names_of_the_file_are_refused(folder, capsys):
     assert "write a file .npz or .npy" in refused([*command, str(folder / "out"), "--sigma", "1"], capsys)
     error = refused([*command, str(folder / "out.npy"), "--sigma", "1", "--uncertainty"], capsys)
     assert "--uncertainty writes several arrays" in error
+    error = refused([*command, str(folder / "x.npy" / "out.npz"), "--sigma", "1"], capsys, unprinted="network calls")
+    assert "x.npy is not a folder" in error
     error = refused(["restore", "mnist", str(folder), str(folder / "out")], capsys)
     assert "the following arguments are required: --operator" in error

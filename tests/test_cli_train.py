@@ -814,6 +814,7 @@ def test_measurements_that_do_not_fit_are_refused(damaged, tmp_path, monkeypatch
         ({"y": np.full((8, 2), np.nan), "mask": np.ones((8, 2), bool)}, [], "y must be finite where it is observed"),
         ({"y": np.zeros((8, 2))}, ["--sigma", "0"], "that is clean data"),
         ({"y": np.zeros((8, 2))}, ["--observed-where", "masks"], "--observed-where is for a folder of pictures"),
+        ({"y": np.zeros((8, 2))}, ["--channels", "3"], "--channels is for pictures with --observed-where"),
         ({"y": np.zeros((8, 2))}, ["--padding", "circular"], "--padding is for signals, fields and volumes, and these"),
         ({"y": np.zeros((8, 1, 8, 8))}, ["--padding", "circular"], "--padding is for a new network of data that are"),
     ],
@@ -823,6 +824,14 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path, monkeypatch, capsys, array
     np.savez("y.npz", **arrays)
     assert main(["train", "y.npz", "--out", "out", *STAGES, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [(), ("--sigma", "0.1", "--dry-run")])
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, capsys, options):
+    np.savez(tmp_path / "y.npz", y=np.zeros((8, 2)))
+    out = tmp_path / "y.npz" / "run"
+    assert main(["train", str(tmp_path / "y.npz"), "--out", str(out), *options]) == 2
+    assert f"{out} cannot be written to: {out.parent} is not a folder." in capsys.readouterr().err
 
 
 def test_options_of_measurements_need_the_noise(tmp_path, capsys):

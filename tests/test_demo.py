@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 import shutil
 import signal
@@ -23,7 +24,7 @@ import scorematch
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import main
 from scorematch.data.heat import heat_map
-from scorematch.demo.page import Draft, Events, canvas, png, read_canvas, results
+from scorematch.demo.page import Draft, Events, canvas, png, read_canvas, results, serve
 from scorematch.demo.restorer import FRAMES, Choices, Frame, Restorer, _Watched
 from scorematch.restoration import JPEG, OPERATORS, AveragePool, Grayscale, Hole, Mask, Observation
 from scorematch.restoration.palette import condition_of
@@ -653,6 +654,29 @@ def test_a_port_that_is_not_free_gives_an_error(tmp_path):
         done = python("-m", "scorematch", "demo", tmp_path, "--no-browser", "--port", port, check=False)
     assert done.returncode == 2
     assert done.stderr == f"scorematch: port {port} is not free at 127.0.0.1. Pass another port with --port.\n"
+
+
+@needs_gradio
+@pytest.mark.parametrize("host", ["203.0.113.7", "[2001:db8::7]"])  # of documentations, RFC 5737 and 3849
+def test_an_address_of_another_computer_gives_an_error_at_once(gray, host):
+    with pytest.raises(OSError, match=f"{re.escape(host)} is not an address of this computer. Pass one with --host"):
+        serve(None, gray, host=host, port=None, share=False, browser=False)
+
+
+@pytest.mark.slow
+@needs_gradio
+def test_an_uploaded_picture_does_not_stay_on_the_disk(tmp_path):
+    _net().save_pretrained(tmp_path / "net")
+    uploads = tmp_path / "uploads"
+    environment = {**os.environ, "GRADIO_TEMP_DIR": str(uploads)}
+    with _server("-m", "scorematch", "demo", tmp_path / "net", "--no-browser", env=environment) as address:
+        part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="me.png"\r\n\r\npicture\r\n--x--\r\n'
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        request = urllib.request.Request(f"http://{address[7:]}gradio_api/upload", part, headers)
+        opener.open(request, timeout=60).close()
+        assert len(list(uploads.rglob("me.png"))) == 1
+    assert not list(uploads.rglob("me.png"))
 
 
 @contextmanager

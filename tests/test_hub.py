@@ -185,6 +185,14 @@ def test_a_private_repository_needs_a_token(hub, run):
     assert run(code) == "(3, 8, 8)\n"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_token_gives_an_error_that_names_it(status, hub, run):
+    hub.busy = {"GET /api/": [status]}
+    error = run(LOAD, fails=True)
+    assert error.startswith("PermissionError: the Hub refused to send someone/ddpm.") and "HF_TOKEN" in error
+
+
 @pytest.mark.parametrize("broken", [pytest.param("silent", marks=pytest.mark.slow), "unavailable", "stopped"])
 def test_an_unreachable_hub_gives_one_error(broken, hub, run):
     """For a branch, and for the commit of a card. A request is repeated only if the Hub answers that it is busy."""
@@ -527,6 +535,19 @@ def test_what_another_program_has_left_out_of_the_cache_is_downloaded(cached, hu
     code += "".join(f"hf_hub_download('someone/ddpm', '{name}', revision='{COMMIT}')\n" for name in cached)
     code += f"print(ScoreNet.from_pretrained('someone/ddpm', revision='{COMMIT}').sample_shape)"
     assert run(code) == "(3, 8, 8)\n"
+
+
+@pytest.mark.slow
+def test_weights_in_float16_of_another_program_in_the_cache_are_used_only_offline(hub, run):
+    held, half = hub.repositories["someone/ddpm"], "diffusion_pytorch_model.fp16.safetensors"
+    held[half] = safetensors.torch.save({k: v.half() for k, v in safetensors.torch.load(held[WEIGHTS]).items()})
+    code = "from huggingface_hub import hf_hub_download\n"
+    for name in ("config.json", "scheduler_config.json", half):
+        code += f"hf_hub_download('someone/ddpm', '{name}')\n"
+    load = f"{LOAD}print(all((each == each.half()).all() for each in net.parameters()))"
+    run(code)
+    assert run(load, HF_HUB_OFFLINE="1") == "True\n"
+    assert run(load) == run(load, HF_HUB_OFFLINE="1") == "False\n"
 
 
 @pytest.mark.slow

@@ -75,7 +75,8 @@ def test_the_derivative_of_the_magnitude():
         (lambda: Clip(1, 0), ValueError, "low must be below high, got 1 and 0"),
         (lambda: Clip(0, math.inf), ValueError, "high must be a number, got inf"),
         (lambda: Clip("a", 1), TypeError, "low must be a number, got 'a'"),
-        (lambda: Quantize(1), ValueError, "levels must be an integer of at least 2, got 1"),
+        (lambda: Quantize(1), ValueError, "levels must be an integer from 2 to 16777216, got 1"),
+        (lambda: Quantize(10**20), ValueError, "levels must be an integer from 2 to 16777216, got 1"),
         (lambda: Magnitude(0), ValueError, "oversampling must be an integer of at least 1, got 0"),
     ],
 )

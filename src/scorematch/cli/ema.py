@@ -35,7 +35,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--out", type=expanded, help="the folder to write (default: RUN/ema-LENGTH, such as ema-0.080)")
     add_overwrite(parser, "a network in the folder")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, continues="")
 
 
 def _run(args: argparse.Namespace) -> None:

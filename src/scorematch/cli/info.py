@@ -12,7 +12,7 @@ from typing import Any
 from scorematch.cli.options import Commands
 from scorematch.cli.options.networks import add_model
 from scorematch.core.conditions import describe_classes
-from scorematch.core.messages import reason
+from scorematch.core.messages import plain, reason
 from scorematch.data.pictures import is_picture
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained import Place, load, locate
@@ -97,7 +97,7 @@ def _license(place: Place) -> str:
         text = readme.read_text(encoding="utf-8")
     metadata = re.match(r"---\n(.*?)^---$", text, re.DOTALL | re.MULTILINE)
     found = None if metadata is None else re.search(r"^license: *(\S.*)$", metadata[1], re.MULTILINE)
-    return "not stated" if found is None else found[1]
+    return "not stated" if found is None else plain(found[1])
 
 
 def _cost(net: ScoreNet) -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scorematch.cli.options import Commands, given, refuse
+from scorematch.cli.options import Commands, refuse
 from scorematch.cli.options.classes import add_classes, add_condition, add_guidance, find_classes, find_condition, guide
 from scorematch.cli.options.duration import announce, count
 from scorematch.cli.options.networks import add_model, draws_pictures, load
@@ -24,16 +24,18 @@ from scorematch.core.processes import this_process
 from scorematch.core.scores import attribute, middle_of
 from scorematch.data.arrays import write_arrays
 from scorematch.data.pictures import check_picture, grid, save_animation, save_grid, save_image, to_uint8
-from scorematch.data.plots import save_plot
+from scorematch.data.plots import check_plot, save_plot
 from scorematch.data.samples import Format, read_samples, values_and_condition
 from scorematch.sampling import Sampler
 from scorematch.sampling.bulk import Job, prepared
 from scorematch.sampling.folder import SampleFolder
 
 _ARRAYS, _PLOTS = (".npz", ".npy"), (".png", ".pdf", ".svg")  # the files of samples that are not pictures
+_N = 64
 _BATCH_SIZE = 64  # of a folder
 _ON_THE_SHEET = 64
 _FRAMES = 30  # of an animation, at least, if the sampler has as many steps, and at most twice as many
+_PATTERN = re.compile(r"%(0\d{0,2}|\d?)d")  # the number of the image in the name of its file
 _DEVIATION = 0.25  # the standard deviation of images in [0, 1] that the preconditioning "karras" assumes
 
 
@@ -70,8 +72,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "-n",
         type=image_count,
-        default=64,
-        help="the number of images; several images in one file form a grid (default: 64)",
+        help=f"the number of images; several images in one file form a grid (default: {_N}, or one for each sample of "
+        "--condition)",
     )
     parser.add_argument(
         "--columns", type=image_count, help="images per row of the grid (default: about as many as rows)"
@@ -128,13 +130,14 @@ def _run(args: argparse.Namespace) -> None:
         condition=find_condition(args, net),
     )
     samples = length(job.condition) or 1
-    if samples > 1 and not given(args, ["n"]):
-        args.n = samples
+    if args.n is None:
+        args.n = samples if samples > 1 else _N
     if 1 < samples < args.n:
         raise ValueError(f"--condition has {samples} samples, but -n is {args.n}. Leave out -n, or write -n {samples}.")
     if not draws_pictures(net):
         refuse(args, ["gif", "columns"], f"is for pictures, and {args.model} draws other data")
     if args.out is None and (not draws_pictures(net) or Path(args.picture).suffix.lower() in _ARRAYS):
+        refuse(args, ["gif", "columns"], f"is for a picture, and {args.picture} has values")
         _draw_values(args, job)
     elif args.out is None:
         _draw(args, job)
@@ -150,6 +153,10 @@ def _draw_values(args: argparse.Namespace, job: Job) -> None:
             f"the file must end in .npz or .npy, or for a plot in {', '.join(_PLOTS)}, got {path}. Write {path}.npz, "
             "or --out FOLDER for many samples."
         )
+    if _PATTERN.search(path.name):
+        raise ValueError(f"{args.picture} is a pattern, which is for pictures. Name one file, or write --out FOLDER.")
+    if path.suffix.lower() in _PLOTS:
+        check_plot(path)  # before the work
     check_new([path], args.overwrite)
     sampler = prepared(job.sampler)
     announce(sampler, args.n, job.condition_of(range(1)))
@@ -187,15 +194,15 @@ def _draw(args: argparse.Namespace, job: Job) -> None:
 
 def _pictures(name: str, n: int) -> list[Path]:
     """The files of n images: one for all of them, or one for each if the name is a folder or a pattern."""
-    path, pattern = Path(name).expanduser(), re.compile(r"%(0\d{0,2}|\d?)d")
+    path = Path(name).expanduser()
     # But not my%20digits.png, whose name a browser has escaped.
-    if wrong := re.search(r"%(?![0-9A-Fa-f]{2}).?", pattern.sub("", name)):
+    if wrong := re.search(r"%(?![0-9A-Fa-f]{2}).?", _PATTERN.sub("", name)):
         raise ValueError(f"a pattern must have %d or %03d for the number of the image, got {wrong[0]!r} in {name!r}.")
     if name.endswith(("/", os.sep)) or path.is_dir():
         check_folder_name(path)
         return [path / f"{i:06d}.png" for i in range(n)]  # as in the folder of --out
-    if pattern.search(name):
-        return [Path(pattern.sub(lambda found: f"{i:{found[1]}d}", str(path))) for i in range(n)]  # noqa: B023
+    if _PATTERN.search(name):
+        return [Path(_PATTERN.sub(lambda found: f"{i:{found[1]}d}", str(path))) for i in range(n)]  # noqa: B023
     if not path.suffix:
         raise ValueError(f"{name} has no extension and is no folder. Write {name}.png, or {name}/ for a new folder.")
     return [path]

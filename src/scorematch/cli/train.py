@@ -308,6 +308,8 @@ def _run_stages(args: argparse.Namespace, recipe: Recipe) -> None:
     accelerator = _accelerator(args, args.out / "stage-001", settings)
     observation = read_measurements(expanded(args.data), args.observed_where, args.sigma, args.channels)
     shape = tuple(observation.y.shape[1:])
+    if args.observed_where is None:
+        refuse(args, ["channels"], "is for pictures with --observed-where")
     pictures = len(shape) == 3 and (args.observed_where is not None or args.recipe is not None)
     if pictures or args.start is not None:
         refuse(args, ["padding"], "is for a new network of data that are not pictures")

@@ -93,6 +93,15 @@ def check_own(folder: Path, record: str, names: Iterable[str]) -> None:
         raise FileExistsError(f"{foreign[0]} exists already and would be replaced. Choose another folder.")
 
 
+def check_writable(folder: Path) -> None:
+    """Raises OSError if a folder, given as an absolute path, cannot be created or written to. Nothing is written."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be written to: {existing} is not a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written to: you have no write permission for {existing}.")
+
+
 def delete_unfinished(folder: Path, *, folders: bool = False) -> None:
     """Deletes the temporary files in a folder that processes left when they were killed, and ``folders`` if wanted.
 

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from scorematch.core.arguments import argument, check_choice, check_count
-from scorematch.core.files import write_whole
+from scorematch.core.files import check_writable, write_whole
 from scorematch.core.messages import few, reason
 
 # The extensions of image files. In a folder, files with other extensions are ignored.
@@ -160,12 +160,7 @@ def check_picture(path: str | os.PathLike[str]) -> None:
         OSError: if the folder cannot be created or written to.
     """
     _format(path)
-    folder = Path(path).expanduser().absolute().parent
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"{folder} cannot be written to: {existing} is not a folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder} cannot be written to: you have no write permission for {existing}.")
+    check_writable(Path(path).expanduser().absolute().parent)
 
 
 def save_image(image: Tensor, path: str | os.PathLike[str], *, comment: str | None = None) -> None:

@@ -16,6 +16,14 @@ from scorematch.core.files import write_whole
 _PANELS, _POINTS, _VALUES = 16, 2000, 4  # of samples; of vectors; of the values of a vector that are shown
 
 
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Raises ImportError without Matplotlib, before samples are drawn for a plot."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'the plot {path} needs Matplotlib: pip install "scorematch[arrays]".') from error
+
+
 def save_plot(x: Tensor, path: str | os.PathLike[str]) -> None:
     """Plots samples in their own units.
 
@@ -30,10 +38,9 @@ def save_plot(x: Tensor, path: str | os.PathLike[str]) -> None:
     Raises:
         ImportError: without Matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f'the plot {path} needs Matplotlib: pip install "scorematch[arrays]".') from error
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     values = x.detach().cpu().float().numpy()
     figure = Figure(layout="constrained")
     if values.ndim == 2:

@@ -7,6 +7,7 @@ import binascii
 import html
 import io
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ FOLDER = Path(__file__).parent
 _PREFIX = "data:image/png;base64,"
 _COLUMNS = 8  # frames of the chain that are shown in a row
 _THUMBNAIL = 64  # the largest side in pixels of a frame in that row
+_SECONDS = 600  # after which the file of an uploaded picture is deleted, and at the end of the server
 _MANY_CALLS = 250  # the upper end of the slider, unless the network's own sampler needs more
 _LABELS = {
     "mask": "Fill in the painted part",
@@ -354,7 +356,8 @@ def build(restorer: Restorer, name: str) -> Any:
     blank = torch.zeros(restorer.shape)
     what = "draws and restores" if restorer.draws else "restores"
     color = "gray" if channels == 1 else "color"
-    with gr.Blocks(title=f"scorematch: {name}", analytics_enabled=False) as page:
+    title = f"scorematch: {name}"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(_SECONDS, _SECONDS)) as page:
         gr.HTML(
             f"<h1>{html.escape(name)}</h1><p>A score network that {what} {color} images of {height}x{width} pixels. "
             "Paint over a part of the picture: it is then missing, and the network fills it in.</p>",
@@ -439,10 +442,17 @@ def serve(page: Any, restorer: Restorer, *, host: str, port: int | None, share: 
         browser: whether to open it in the browser.
 
     Raises:
-        OSError: if the port is not free.
+        OSError: if the port is not free, or this computer does not have the address.
         KeyboardInterrupt: after Ctrl-C, when the server has ended.
     """
     gr = import_gradio()
+    try:  # Gradio would try 100 ports, each for some seconds
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host.strip("[]"), 0))
+    except OSError as error:
+        raise OSError(
+            f"{host} is not an address of this computer. Pass one with --host, or 0.0.0.0 for all of its addresses."
+        ) from error
     try:
         _, url, public = page.launch(
             server_name=host,

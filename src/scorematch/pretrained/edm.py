@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scorematch.core.arguments import argument
 from scorematch.core.messages import about, quote
 from scorematch.core.schema import Field, check
 from scorematch.nets.unet_blocks import block_types
@@ -113,10 +114,11 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
         raw: must be False; the file contains only the moving average of the weights.
     """
     if config is not None:
-        raise ValueError(f"{path} is a file of EDM, which holds its own options: leave out config.")
+        raise ValueError(f"{path} is a file of EDM, which holds its own options: leave out {argument('config')}.")
     if raw:
         raise ValueError(
-            f"{path} is a file of EDM, which contains only the moving average of the weights: leave out raw."
+            f"{path} is a file of EDM, which contains only the moving average of the weights: leave out "
+            f"{argument('raw')}."
         )
     return _Reader(content["ema"], path).stored()
 

@@ -28,7 +28,7 @@ from scorematch.core.files import sha256
 from scorematch.core.messages import reason
 from scorematch.pretrained.configuration import CONFIG_FILE, SCHEDULE_FILE, listed
 from scorematch.pretrained.diffusers import INDEX_FILE, SCHEDULER_FILE
-from scorematch.pretrained.weights import WEIGHTS_FILE
+from scorematch.pretrained.weights import HALF_WEIGHTS_FILES, WEIGHTS_FILE
 
 _CONFIGS = (
     SCHEDULE_FILE,
@@ -82,7 +82,7 @@ class Repository:
 
     - FileNotFoundError if the repository or the revision does not exist, if it holds no network, or if it is not in the
       cache and the Hub cannot be reached;
-    - PermissionError if the repository is gated;
+    - PermissionError if the repository is gated, or the Hub refuses the token;
     - ValueError if ``repo_id`` is not a valid name, or a name in the repository is not valid;
     - OSError if the download fails for another reason.
 
@@ -135,9 +135,12 @@ class Repository:
             if folder is None:  # it was deleted meanwhile
                 raise self._not_in_the_cache()
             home = "unet/" if (folder / "unet" / CONFIG_FILE).is_file() else ""
-            if _has_weights(folder / home, files):
+            if _has_weights(folder / home, [name for name in files if name not in HALF_WEIGHTS_FILES]):
                 return
-            names = self._ask()
+            cached = _has_weights(folder / home, files)  # in float16, by another program
+            names = self._ask(optional=cached)
+            if names is None and cached:
+                return
             if names is None:
                 raise self._not_in_the_cache()
             chosen = next((home + name for name in files if home + name in names), None)
@@ -260,6 +263,7 @@ def _errors(repo_id: str, revision: str | None) -> Iterator[None]:
     """Converts the client's errors during a download to built-in errors whose messages say what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -290,6 +294,11 @@ def _errors(repo_id: str, revision: str | None) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise PermissionError(
+                f"the Hub refused to send {repo_id}. The access token may be wrong or expired: log in again (hf auth "
+                "login), correct the environment variable HF_TOKEN, or pass another token=."
+            ) from error
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise OSError(
                 error.errno,

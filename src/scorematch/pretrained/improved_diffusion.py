@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from scorematch.core.arguments import argument
 from scorematch.core.messages import plain
 from scorematch.core.schema import Field
 from scorematch.nets.unet_blocks import block_types
@@ -111,7 +112,7 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
     if raw:
         raise ValueError(
             f"{path} is a checkpoint of improved-diffusion or guided-diffusion, which holds one set of weights: leave "
-            "out raw."
+            f"out {argument('raw')}."
         )
     tensors = load_tensors(content, path)
     first, last = tensors["input_blocks.0.0.weight"], tensors.get("out.2.bias")
@@ -126,7 +127,7 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
         raise ValueError(
             f"{path} is a checkpoint of improved-diffusion or guided-diffusion, which does not hold its options: pass "
             "the name of a published one, such as cifar10_uncond_50M_500K, or a file with the authors' options, as "
-            "config."
+            f"{argument('config')}."
         )
     options = _options(config)
     weights = _named(tensors, options, path)

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scorematch.core.arguments import argument
 from scorematch.core.messages import about
 from scorematch.core.schema import Field
 from scorematch.nets.unet_blocks import block_types
@@ -131,7 +132,7 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
     if config is None:
         raise ValueError(
             f"{path} is a checkpoint of score_sde, which does not hold its configuration: pass the name of a published "
-            "one, such as ve/cifar10_ncsnpp_continuous, or a file with the authors' options, as config."
+            f"one, such as ve/cifar10_ncsnpp_continuous, or a file with the authors' options, as {argument('config')}."
         )
     options = _options(config)
     weights = _named(load_tensors(_weights(content, path, raw=raw), path), options, path)
@@ -265,7 +266,8 @@ def _weights(content: Mapping[str, Any], path: Path, *, raw: bool) -> dict[str, 
         trained = [name for name in model if not re.fullmatch(_NOT_TRAINED, name)]
         if not isinstance(values, list):
             raise ValueError(
-                f"{path} holds no moving average of the weights: pass raw=True (--raw) to read those of the last step."
+                f"{path} holds no moving average of the weights: pass {argument('raw', True)} to read those of the "
+                "last step."
             )
         shapes = [
             [getattr(tensor, "shape", None) for tensor in tensors] for tensors in (values, map(model.get, trained))

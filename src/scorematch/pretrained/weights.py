@@ -17,15 +17,15 @@ from scorematch.pretrained.pickles import load_tensors, read_pickle
 
 WEIGHTS_FILE = "model.safetensors"
 DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+# Weights in float16, which diffusers loads with variant="fp16".
+HALF_WEIGHTS_FILES = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.fp16.bin")
 # The files of diffusers that hold weights, in order of preference. An index lists the parts of weights that are split.
-# Those in float16, which diffusers loads with variant="fp16", come last.
 DIFFUSERS_WEIGHTS_FILES = (
     DIFFUSERS_WEIGHTS_FILE,
     f"{DIFFUSERS_WEIGHTS_FILE}.index.json",
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.bin.index.json",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.fp16.bin",
+    *HALF_WEIGHTS_FILES,
 )
 
 

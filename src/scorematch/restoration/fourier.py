@@ -174,12 +174,12 @@ class FourierLines(Fourier):
     k or at most center W / 2.
 
     Args:
-        every: k, the distance of the lines.
+        every: k, the distance of the lines, from 1 to 2^24.
         center: the share of columns around the frequency zero that are all sampled, from 0 to 1.
 
     Raises:
         TypeError: if ``every`` is not an integer, or ``center`` not a number.
-        ValueError: if ``every`` is below 1, or ``center`` out of range.
+        ValueError: if ``every`` or ``center`` is out of range.
     """
 
     form = "fourier:EVERY"
@@ -191,7 +191,7 @@ class FourierLines(Fourier):
 
     def __init__(self, every: int, *, center: float = 0.08) -> None:
         check_value("center", center, Field(float, low=0, high=1))
-        self.every, self.center = check_count("every", every), center
+        self.every, self.center = check_count("every", every, most=2**24), center
         self.mask, self.axes, self.sensitivities, self.complex = None, 2, None, False
 
     def mask_of(self, y: Tensor) -> Tensor:

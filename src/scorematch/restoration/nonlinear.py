@@ -67,11 +67,11 @@ class Quantize(_Rounding):
     """Rounding of values in [0, 1] to levels of equal distance, the lowest 0 and the highest 1.
 
     Args:
-        levels: the number of levels, at least 2.
+        levels: the number of levels, from 2 to 2^24, those of float32.
 
     Raises:
         TypeError: if ``levels`` is not an integer.
-        ValueError: if ``levels`` is below 2.
+        ValueError: if ``levels`` is out of range.
     """
 
     value_range = (0, 1)
@@ -79,7 +79,7 @@ class Quantize(_Rounding):
     examples = ("quantize:4", "quantize:2", "quantize:8")
 
     def __init__(self, levels: int) -> None:
-        self.levels = check_count("levels", levels, 2)
+        self.levels = check_count("levels", levels, 2, 2**24)
 
     def measure(self, x: Tensor) -> Tensor:
         """The rounded values, of x's shape."""

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from scorematch.core.files import check_writable
 from scorematch.data.pictures import ENDINGS
 from scorematch.pretrained.configuration import CONFIG_FILE
 
@@ -16,8 +17,9 @@ def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def check_new(paths: Iterable[Path], overwrite: bool) -> None:
-    """Raises if one of the files exists, unless it is to be overwritten."""
+    """Raises if one of the files cannot be written, or exists, unless it is to be overwritten."""
     for path in paths:
+        check_writable(path.absolute().parent)
         if overwrite and path.is_dir():
             raise IsADirectoryError(f"{path} is a folder and cannot be replaced by a file. Choose another name.")
         if path.exists() and not overwrite:
@@ -33,8 +35,9 @@ def check_new_network(folder: Path, overwrite: bool) -> None:
 
 
 def check_folder_name(folder: Path) -> None:
-    """Raises if the name of a folder to write is that of a picture."""
+    """Raises if the name of a folder to write is that of a picture, or the folder cannot be written."""
     if folder.suffix.lower() in ENDINGS:
         raise ValueError(
             f"the output must be a folder, got the name of a picture, {folder}. Write {folder.with_suffix('')}."
         )
+    check_writable(folder.absolute())
