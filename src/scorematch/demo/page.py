@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent
 _PREFIX = "data:image/png;base64,"
 _COLUMNS = 8  # frames of the chain that are shown in a row
 _THUMBNAIL = 64  # the largest side in pixels of a frame in that row
-_SECONDS = 600  # after which the file of an uploaded picture is deleted, and at the end of the server
+_SECONDS = 86_400  # after which the file of an uploaded picture is deleted, and at the end of the server
 _MANY_CALLS = 250  # the upper end of the slider, unless the network's own sampler needs more
 _LABELS = {
     "mask": "Fill in the painted part",
@@ -357,7 +357,7 @@ def build(restorer: Restorer, name: str) -> Any:
     what = "draws and restores" if restorer.draws else "restores"
     color = "gray" if channels == 1 else "color"
     title = f"scorematch: {name}"
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(_SECONDS, _SECONDS)) as page:
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3_600, _SECONDS)) as page:
         gr.HTML(
             f"<h1>{html.escape(name)}</h1><p>A score network that {what} {color} images of {height}x{width} pixels. "
             "Paint over a part of the picture: it is then missing, and the network fills it in.</p>",
