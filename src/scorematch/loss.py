@@ -246,7 +246,7 @@ def _recordable(value: Tensor) -> Tensor:
 
 
 def _weights_at(sigma: Tensor, weighting: Callable[[Tensor], Tensor], x: Tensor | None = None) -> Tensor:
-    weights = torch.as_tensor(weighting(sigma), dtype=sigma.dtype).to(sigma.device)  # not every device has float64
+    weights = torch.as_tensor(weighting(sigma), dtype=sigma.dtype, device=sigma.device)
     if weights.shape not in (torch.Size(), sigma.shape) and (x is None or weights.shape != x.shape[:2]):
         raise ValueError(
             f"weighting must return a number for each noise level, ({len(sigma)},), got shape {tuple(weights.shape)}."
