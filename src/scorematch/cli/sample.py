@@ -137,7 +137,7 @@ def _run(args: argparse.Namespace) -> None:
     if not draws_pictures(net):
         refuse(args, ["gif", "columns"], f"is for pictures, and {args.model} draws other data")
     if args.out is None and (not draws_pictures(net) or Path(args.picture).suffix.lower() in _ARRAYS):
-        refuse(args, ["gif", "columns"], f"is for a picture, and {args.picture} has values")
+        refuse(args, ["gif", "columns"], f"is for pictures, and {args.picture} is a file of arrays")
         _draw_values(args, job)
     elif args.out is None:
         _draw(args, job)
