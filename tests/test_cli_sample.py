@@ -280,6 +280,12 @@ def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
     assert "--guidance-rescale must be a number from 0 to 1, got 2.0." in _refused(large, capsys)
 
 
+def test_several_processes_write_into_a_folder(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "2 processes cannot write a.png together. Write --out FOLDER." in _refused(["mnist", "a.png"], capsys)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -495,6 +495,12 @@ def test_a_short_name_is_preferred_to_a_folder_with_a_warning(here):
         assert ScoreNet.from_pretrained("palette-mnist").sample_shape == (3, 28, 28)
 
 
+@pytest.mark.parametrize("name", ["mnist", "./network", Path("network")], ids=str)
+def test_a_revision_is_for_repositories(here, name):
+    with pytest.raises(ValueError, match=r"revision is for repositories of the Hub, got 'v1' for .*Leave it out"):
+        ScoreNet.from_pretrained(name, revision="v1")
+
+
 def test_a_folder_name_without_a_slash_raises(here):
     with pytest.raises(FileNotFoundError, match=r"'network' is not .*Write './network' for the folder with this name"):
         ScoreNet.from_pretrained("network")

@@ -8,6 +8,7 @@ from pathlib import PureWindowsPath
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.evaluation import (
@@ -388,6 +389,16 @@ def test_rows_of_another_data_set_of_equal_length_are_not_used(net, tmp_path):
     run(net, one, out=tmp_path, settings=SETTINGS[:1])
     with pytest.raises(ValueError, match="measured with other settings: reference"):
         run(net, other, out=tmp_path, settings=SETTINGS[:1])
+
+
+def test_rows_of_other_conditions_are_not_used(tmp_path):
+    net = ScoreNet.unet(2, (8,), widths=(4, 6), layers_per_block=1, condition_features=1)
+    x, conditions = torch.randn(6, 2, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6.0)[:, None]
+    options = {"n": 6, "settings": [SamplerSettings("ode", levels=2)], "out": tmp_path, "progress": False}
+    first = tune(net, TensorDataset(x, conditions), **options)
+    assert tune(net, TensorDataset(x, conditions), **options).rows == first.rows
+    with pytest.raises(ValueError, match="measured with other settings: conditions"):
+        tune(net, TensorDataset(x, conditions + 1), **options)
 
 
 @pytest.mark.slow

@@ -113,6 +113,8 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.picture} and --out {args.out} cannot be combined. Name a picture or a folder.")
     if args.out is None:
         refuse(args, ["npz"], "is for --out FOLDER")
+        if (processes := this_process().world_size) > 1:
+            raise ValueError(f"{processes} processes cannot write {args.picture} together. Write --out FOLDER.")
     else:
         refuse(args, ["overwrite"], "is for a picture, and --out continues in its folder")
     net = guide(args, load(args, pictures=False))

@@ -96,7 +96,8 @@ def of_arrays(
     others = None
     if held_out is not None:
         others = {VALUES: evaluator.measure(some_values_of(open_arrays(held_out), n, drawing["seed"]))}
-    return Criterion(VALUES, {VALUES: (by,)}, evaluator.settings(), n, measure, others)
+    settings = evaluator.settings() | ({} if condition is None else {"conditions": identity(condition)})
+    return Criterion(VALUES, {VALUES: (by,)}, settings, n, measure, others)
 
 
 def of_pictures(

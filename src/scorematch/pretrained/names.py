@@ -52,7 +52,8 @@ def locate(
         FileNotFoundError: if there is no such name, folder or repository, or the Hub cannot be reached.
         PermissionError: if the repository is gated.
         OSError: if a download fails for another reason.
-        ValueError: if ``name_or_folder`` is a file, or ``token`` or a name in the repository is not valid.
+        ValueError: if ``name_or_folder`` is a file, or ``token`` or a name in the repository is not valid, or the
+            network with a ``revision`` is not on the Hub.
     """
     if not isinstance(name_or_folder, str | os.PathLike):
         raise TypeError(f"the name of a network must be a string or a path, got {type(name_or_folder).__name__}.")
@@ -63,11 +64,11 @@ def locate(
     if not isinstance(name_or_folder, str):
         if not path.is_dir():
             raise FileNotFoundError(f"there is no folder {path}.")
-        return Place(path)
+        return _local(path, revision)
     name = name_or_folder
     if _is_path(name):
         if path.is_dir():
-            return Place(path)
+            return _local(path, revision)
         if not hub.is_repository(name):
             raise FileNotFoundError(f"there is no folder {name!r}. For a repository of the Hub write owner/name.")
     elif card is None:
@@ -81,12 +82,19 @@ def locate(
             f"{name!r} loads the network with this name, not the folder; write './{name}' for the folder.", stacklevel=3
         )
     if card is not None and card.repository is None:
-        return Place(cards.SHIPPED / str(card.name), card)
+        return _local(cards.SHIPPED / str(card.name), revision, card)
     if card is not None:
         name, revision = str(card.repository), card.revision if revision is None else revision
     home = None if cache_dir is None else Path(cache_dir).expanduser()
     repository = hub.Repository(name, revision, token, home, local_files_only)
     return Place(repository.configurations(), card, name, repository.weights)
+
+
+def _local(folder: Path, revision: str | None, card: cards.Card | None = None) -> Place:
+    """A folder of this computer, which has no revisions."""
+    if revision is not None:
+        raise ValueError(f"revision is for repositories of the Hub, got {revision!r} for {folder}. Leave it out.")
+    return Place(folder, card)
 
 
 def _is_path(name: str) -> bool:
