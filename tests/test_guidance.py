@@ -8,8 +8,8 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.core.conditions import Condition
 from scorematch.core.provenance import identity
 from scorematch.core.scores import Denoiser
-from scorematch.evaluation.exact import GaussianMixture
-from scorematch.guidance import autoguidance, classifier, classifier_free
+from scorematch.evaluation.exact import Gaussian, GaussianMixture
+from scorematch.guidance import Tiled, autoguidance, classifier, classifier_free
 from scorematch.likelihood import log_likelihood
 from scorematch.nets.inference import InferenceScore
 from scorematch.restoration import Mask, Observation
@@ -483,6 +483,18 @@ def test_restoration_with_a_classifier_equals_that_with_classifier_free_guidance
         )
     ]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("derive", [lambda score: autoguidance(score, score, 2.0), lambda score: Tiled(score, 4)])
+def test_restoration_with_a_derived_score_uses_the_deviation_of_the_data(derive):
+    """Guidance has the score of the posterior for data with the covariance v I, if v is that of the score."""
+    exact = Gaussian(torch.zeros(4), 300.0**2, (1, 4), schedule=NoiseSchedule.geometric(6000, 3, 40))
+    mask = Mask(torch.tensor([True, True, True, False]))
+    observation = Observation(mask, torch.full((1, 1, 4), 200.0), sigma=100.0)
+    derived, x = derive(exact), 300 * torch.randn(5, 1, 4, generator=seed())
+    method = ODESampler(derived, restore="guide").restoration(observation)
+    found = method.score(derived, x, torch.tensor(200.0), slice(0, 5))
+    torch.testing.assert_close(found, exact.posterior(observation)(x, 200.0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def _of_net(name: str) -> Any:
 
 
 class DerivedScore(NetworkScore, nn.Module):
-    """A score that is computed from another one, and has its schedule, value range and sampler settings.
+    """A score that is computed from another one, with its schedule, range, deviation of the data and sampler settings.
 
     Args:
         net: the other score.
@@ -40,6 +40,7 @@ class DerivedScore(NetworkScore, nn.Module):
     net: Score
     schedule: Any = _of_net("schedule")
     value_range: tuple[float, float] | None = _of_net("value_range")
+    data_std: float | None = _of_net("data_std")
     units: Any = _of_net("units")
     axes: tuple[str, ...] | None = _of_net("axes")
     sample_shape: tuple[int, ...] | None = _of_net("sample_shape")

@@ -196,6 +196,7 @@ class GuidedScore(DerivedScore):
         predicts_variance: whether ``score_and_variance`` can be called.
         schedule: the noise levels that the network was trained on; None for a plain function, as for all that follow.
         value_range: the range of the data.
+        data_std: their standard deviation, if the score has this attribute.
         sample_shape: the shape of one sample.
         sampler_settings: the SamplerSettings recommended for the network.
         class_names: the names of the classes.
