@@ -25,6 +25,15 @@ def test_a_polynomial_moves_the_singular_values_towards_one(size):
     assert torch.equal(orthogonal(0 * x), 0 * x)
 
 
+def test_the_range_of_the_singular_values():
+    """They are those of the docstring, for values from 0.0016 of the norm on, and grow with the values below."""
+    high, low = (torch.linspace(*ends, 2000, dtype=torch.float64) for ends in ((0.0016, 0.7), (1e-5, 0.0016)))
+    found, below = (orthogonal(torch.stack([s, (1 - s**2).sqrt()], 1).diag_embed()) for s in (high, low))
+    values = found.diagonal(dim1=1, dim2=2)
+    assert 0.68 < values.min() < 0.69 and 1.2 < values.max() < 1.21
+    assert (below[:, 0, 0].diff() > 0).all() and below[-1, 0, 0] < 0.72 and below[1250, 0, 0] < 0.5
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this version of torch has no Muon")
 def test_a_step_is_that_of_torch_for_matrices_and_of_adamw_for_the_rest():
     """torch has Muon for matrices, in bfloat16."""

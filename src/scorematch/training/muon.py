@@ -41,9 +41,9 @@ def matrices(net: nn.Module) -> list[Tensor]:
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Matrices with the singular vectors of ``x`` (..., m, n), whose singular values are between 0.7 and 1.2.
+    """Matrices with the singular vectors of ``x`` (..., m, n), whose singular values are between 0.68 and 1.21.
 
-    Values below a thousandth of the norm of a matrix remain smaller. The polynomial is applied to the product of ``x``
+    Values below 0.0016 of the norm of a matrix become smaller ones. The polynomial is applied to the product of ``x``
     and its transpose, which is smaller than ``x``.
     """
     wide = x if x.shape[-2] <= x.shape[-1] else x.mT
