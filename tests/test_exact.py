@@ -97,6 +97,25 @@ def test_an_empirical_distribution_is_a_mixture_of_its_data(bandwidth, monkeypat
     torch.testing.assert_close(found.mean, known.mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.covariance, known.covariance, rtol=1e-12, atol=1e-12)
     assert len(found) == 10 and found.sample_shape == SHAPE
+    assert found.data_std == pytest.approx(known.data_std, rel=1e-12)
+
+
+def test_restoration_with_an_empirical_distribution_is_that_of_the_mixture_of_its_data(monkeypatch):
+    """In units with a deviation of 300, without the covariance, for which large images have no memory."""
+    data = 300 * normal(20, *SHAPE)
+    worlds = Empirical(data, 30.0), GaussianMixture([0.05] * 20, data.flatten(1), 900.0, SHAPE)
+    monkeypatch.setattr(module, "Moments", None)
+    observation = Observation(AveragePool(2), AveragePool(2).measure(data[:1]).float(), sigma=100.0)
+    found = [
+        run(
+            ODESampler(world, NoiseSchedule.geometric(3000, 30, 6), restore="guide"),
+            4,
+            observation=observation,
+            generator=0,
+        )
+        for world in worlds
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0.01)
 
 
 def test_low_noise_leads_to_the_nearest_image_with_float32_inputs():

@@ -56,8 +56,8 @@ class Distribution(ABC):
         """The covariance (D, D), float64."""
 
     @property
-    def data_std(self) -> float | None:
-        """The root of the mean variance of the values, which restoration methods use; None if it is not computed."""
+    def data_std(self) -> float:
+        """The root of the mean variance of the values, which restoration methods use."""
         return math.sqrt(float(self.covariance.diagonal().mean()))
 
     def sample(

@@ -302,8 +302,10 @@ class Empirical(Distribution):
         return f"Empirical({len(self)} x {self.sample_shape}, bandwidth {self.bandwidth:g})"
 
     @property
-    def data_std(self) -> None:
-        """None: the covariance of a large data set takes long."""
+    def data_std(self) -> float:
+        """The root of the mean variance of the values, computed without the covariance."""
+        squares = sum(float((block - self.mean).square().sum()) for block in self._blocks())
+        return math.sqrt(squares / self._data.numel() + self.bandwidth**2)
 
     def definition(self) -> list[Any]:
         """The public attributes and the data."""
@@ -316,7 +318,7 @@ class Empirical(Distribution):
     @property
     def mean(self) -> Tensor:
         """The mean (D,), float64."""
-        return self._moments.mean
+        return self._center
 
     @property
     def covariance(self) -> Tensor:
@@ -324,6 +326,10 @@ class Empirical(Distribution):
         d, n = self._data.shape[1], len(self)
         kernel = self.bandwidth**2 * torch.eye(d, dtype=torch.float64, device=self.mean.device)
         return kernel if n == 1 else self._moments.covariance * ((n - 1) / n) + kernel
+
+    @cached_property
+    def _center(self) -> Tensor:
+        return torch.stack([block.sum(0) for block in self._blocks()]).sum(0) / len(self)
 
     @cached_property
     def _moments(self) -> Moments:
