@@ -239,6 +239,13 @@ def test_noise_is_smaller_at_the_size_of_the_network():
     assert photo.resized and photo.observation.y.shape == (1, 3, 10, 10) and photo.observation.sigma == 0.1
 
 
+def test_known_values_that_noise_takes_out_of_the_range_are_cut_off():
+    known, y = _hole(40, 31), torch.where(_picture(40, 31) > 0.5, 1.25, -0.25)
+    photo = Photograph(Mask(known), y, OWN, sigma=0.2)
+    pictures = photo.restored(torch.rand(2, *OWN, generator=seed()))
+    assert torch.equal(pictures[..., known], y.clamp(0, 1)[..., known].expand(2, -1, -1))
+
+
 @pytest.mark.parametrize(
     ("operator", "y", "tile"),
     [

@@ -445,7 +445,7 @@ class _Pixels(NamedTuple):
     def pasted(self, full: Tensor, box: Box, feather: int) -> Tensor:
         """The pixels, with those of pictures (K, C, H, W) where they are not known, and with their colors for luma."""
         if not self.luma:
-            mixed = torch.where(self.known, self.values, full.clamp(0, 1))
+            mixed = torch.where(self.known, self.values, full).clamp(0, 1)
             share = _feathered(~self.known, feather)
             return mixed if share is None else torch.lerp(mixed, full.clamp(0, 1), share)
         own = Grayscale().measure(full)
