@@ -808,7 +808,13 @@ def test_a_subfolder_that_cannot_be_read_raises(pictures, monkeypatch):
 
 
 def test_files_of_other_kinds_raise(tmp_path):
-    for name, hint in {"notes.txt": "$", "faces.zip": " Unpack it", "x.NPY": r" Write np\.savez"}.items():
+    hints = {
+        "notes.txt": "$",
+        "faces.zip": " Unpack it",
+        "x.NPY": r" Write np\.savez",
+        "x.csv": r" Write its numbers as an ",
+    }
+    for name, hint in hints.items():
         (tmp_path / name).write_text("nothing to see")
         with pytest.raises(ValueError, match=rf"an \.npz file, got the file .*{re.escape(name)}\.{hint}"):
             _open(tmp_path / name)

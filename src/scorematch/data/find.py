@@ -21,6 +21,7 @@ from scorematch.data.tables import REFERENCES, Items, Table, array_keys
 
 _HINTS = {".npy": ' Write np.savez("data.npz", array).'}  # what to write instead of files of other kinds
 _HINTS |= dict.fromkeys(ENDINGS, " Write its folder.")
+_HINTS |= dict.fromkeys((".csv", ".tsv"), ' Write its numbers as an array, np.savez("data.npz", array).')
 _HINTS |= dict.fromkeys((".zip", ".tar", ".gz", ".tgz"), " Unpack it.")
 
 
