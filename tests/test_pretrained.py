@@ -536,11 +536,11 @@ def test_folders_that_do_not_exist_raise(name, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", [str, Path])
 def test_the_path_of_a_file_gives_an_error_that_says_what_to_do(kind, here):
     torch.save({}, "w.pth")
-    with pytest.raises(ValueError, match=r"w\.pth is a checkpoint file\. Convert it with scorematch convert"):
+    with pytest.raises(ValueError, match=r"w\.pth is a file, .* If it is a checkpoint, convert it with "):
         ScoreNet.from_pretrained(kind("w.pth"))
     with pytest.raises(ValueError, match=r"is one file of a network\. Pass the folder that holds it, 'network'"):
         ScoreNet.from_pretrained(kind("network/config.json"))
-    for name in ("digits.PNG", "digits.npz"):
+    for name in ("digits.PNG", "digits.npz", "fields.npy", "fields.H5", "fields.nc"):
         Path(name).touch()
         with pytest.raises(ValueError, match=rf"{name} is not a network\. Pass the name of a network, such as 'mnist'"):
             ScoreNet.from_pretrained(kind(name))

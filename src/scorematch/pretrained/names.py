@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from scorematch.data.array_data import FILES
 from scorematch.data.pictures import ENDINGS
 from scorematch.pretrained import cards, hub
 
@@ -104,6 +105,9 @@ def _is_path(name: str) -> bool:
 def _about_a_file(path: Path) -> str:
     if path.suffix in (".json", ".safetensors"):
         return f"{path} is one file of a network. Pass the folder that holds it, {str(path.parent)!r}."
-    if path.suffix.lower() in (*ENDINGS, ".npz"):
+    if path.suffix.lower() in (*ENDINGS, *FILES):
         return f"{path} is not a network. Pass the name of a network, such as 'mnist', or its folder."
-    return f"{path} is a checkpoint file. Convert it with scorematch convert {path} FOLDER, and load FOLDER."
+    return (
+        f"{path} is a file, and a network is a folder. If it is a checkpoint, convert it with scorematch convert "
+        f"{path} FOLDER, and load FOLDER."
+    )
