@@ -183,10 +183,10 @@ def save_image(image: Tensor, path: str | os.PathLike[str], *, comment: str | No
     """
     kind = _format(path)
     if not isinstance(image, Tensor) or not image.is_floating_point():
-        found = image.dtype if isinstance(image, Tensor) else type(image).__name__
-        raise TypeError(
-            f"image must be a floating-point tensor in [0, 1], got {found}. Write image / 255 for 8-bit images."
-        )
+        found, hint = type(image).__name__, "torch.as_tensor(image)"
+        if isinstance(image, Tensor):
+            found, hint = str(image.dtype), "image / 255 for 8-bit images"
+        raise TypeError(f"image must be a floating-point tensor in [0, 1], got {found}. Write {hint}.")
     picture = _pillow("writing").fromarray(to_pixels(image))
     if kind == "QOI":  # which has no gray images
         picture = picture.convert("RGB")
