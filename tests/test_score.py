@@ -569,7 +569,7 @@ def test_classes_inside_vmap_are_not_checked(rng):
         (torch.tensor(10), ValueError, "from 0 to 9, got class 10"),
         (torch.tensor(1.0), TypeError, r"got torch.float32 of shape \(\)"),
         (torch.tensor([[1], [2]]), ValueError, r"classes must have shape \(2,\) like the batch, got \(2, 1\)"),
-        ("a", TypeError, "or an int for one class, got str"),
+        ("a", TypeError, r"or an int for one class, got str. Write net.class_names.index\('a'\)"),
         (True, TypeError, "or an int for one class, got bool"),
         ([1, 2], TypeError, "or an int for one class, got list"),
     ],

@@ -134,10 +134,10 @@ def check_type(condition: Any) -> None:
     parts = list(condition.values()) if isinstance(condition, dict) else [condition]
     for part in parts:
         if isinstance(part, bool) or not (part is None or isinstance(part, (Tensor, int))):
+            hint = f"net.class_names.index({part!r})" if isinstance(part, str) else "torch.as_tensor(condition)"
             raise TypeError(
                 "condition must be a tensor, int64 (N,) for classes, float (N, K) for vectors or float (N, K, ...) for "
-                "images, a dict of tensors, or an int for one class, got "
-                f"{type(part).__name__}. Write torch.as_tensor(condition)."
+                f"images, a dict of tensors, or an int for one class, got {type(part).__name__}. Write {hint}."
             )
 
 
