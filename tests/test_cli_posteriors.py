@@ -126,6 +126,13 @@ def test_bad_options_are_refused(folder, capsys, name, options, message):
     assert re.search(message, refused(command, capsys))
 
 
+def test_the_measurements_are_not_replaced_by_their_restorations(folder, capsys):
+    path = folder / "whole.npy"
+    before = path.read_bytes()
+    error = refused(["restore", folder / "net", path, path, "--sigma", "1", "--overwrite", *QUIET], capsys)
+    assert "would replace the measurements" in error and path.read_bytes() == before
+
+
 def test_bad_names_of_the_file_are_refused(folder, capsys):
     command = ["restore", str(folder / "net"), str(folder / "gaps.npy")]
     assert "write a file .npz or .npy" in refused([*command, str(folder / "out"), "--sigma", "1"], capsys)

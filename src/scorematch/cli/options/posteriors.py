@@ -41,6 +41,8 @@ def restore_arrays(args: argparse.Namespace) -> None:
         raise ValueError(f"the restorations of an array are an array: write a file .npz or .npy, such as {out}.npz.")
     if args.uncertainty and out.suffix.lower() != ".npz":
         raise ValueError(f"--uncertainty writes several arrays. Write them to a file {out.with_suffix('.npz')}.")
+    if path.resolve() == out.resolve():
+        raise ValueError(f"the restorations would replace the measurements in {path}. Write to another file.")
     check_new([out], args.overwrite)
     net = load(args, pictures=False)
     observation, truth = _observation(args, path)
