@@ -239,6 +239,15 @@ def test_noise_is_smaller_at_the_size_of_the_network():
     assert photo.resized and photo.observation.y.shape == (1, 3, 10, 10) and photo.observation.sigma == 0.1
 
 
+def test_noise_around_black_keeps_its_mean_when_it_is_resized():
+    """The resized noise has mean zero, with a standard error of 0.0009; cut off at zero its mean would be 0.007."""
+    known = torch.ones(64, 64, dtype=torch.bool)
+    known[:8, :8] = False
+    photo = Photograph(Mask(known), 0.1 * torch.randn(1, 3, 64, 64, generator=seed(0)), OWN, sigma=0.1)
+    observed = photo.observation.y[photo.observation.operator.mask.expand_as(photo.observation.y)]
+    assert photo.resized and (observed < 0).float().mean() > 0.4 and observed.mean().abs() < 0.0035
+
+
 def test_known_values_that_noise_takes_out_of_the_range_are_cut_off():
     known, y = _hole(40, 31), torch.where(_picture(40, 31) > 0.5, 1.25, -0.25)
     photo = Photograph(Mask(known), y, OWN, sigma=0.2)

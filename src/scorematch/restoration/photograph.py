@@ -434,7 +434,7 @@ class _Pixels(NamedTuple):
                 f"{argument('tile', True)}."
             )
         mean = resized(self.values, size) / share.clamp(min=1e-3)
-        return _Pixels(torch.where(known, mean.clamp(0, 1), 0), known, self.luma)
+        return _Pixels(torch.where(known, mean, 0), known, self.luma)
 
     def observation(self, sigma: float) -> Observation:
         mask = Mask(self.known[0])
