@@ -877,6 +877,7 @@ def test_a_guided_score_is_sampled_like_the_function_that_it_computes(kind, guid
         ),
         "classifier": (classifier(mixture, logits, 1.5), lambda x, s, c: mixture(x, s) + 1.5 * derivative(x, s, c)),
     }[guidance]
+    function.data_std = guided.data_std
     labels, init = torch.tensor([0, 1, 1]), 5 * torch.randn(3, 2, generator=seed(0))
     observation = Observation(Mask(torch.tensor([True, False])), torch.tensor([[0.4, 0.0]]))
     for given in ({}, {"observation": observation}):

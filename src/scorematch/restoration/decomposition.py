@@ -40,7 +40,7 @@ class Decomposition(NamedTuple):
 
 def decompose(a: Tensor, x: Tensor) -> Decomposition:
     """The decomposition of a matrix (M, D) that multiplies flattened samples like x, of D values, in float64."""
-    u, values, vt = torch.linalg.svd(a.double(), full_matrices=False)
+    u, values, vt = torch.linalg.svd(a.cpu().double(), full_matrices=False)  # MPS has no float64
     values = torch.where(values > max(a.shape) * torch.finfo(a.dtype).eps * values[0], values, 0)
     u, values, vt = u.to(x), values.to(x), vt.to(x)
     return Decomposition(

@@ -1,11 +1,18 @@
-r"""Draws from the likelihood of an observation times a normal distribution, by Hamiltonian Monte Carlo.
+r"""Draws from the likelihood of an observation times a normal distribution.
 
 For a center c and a deviation r the density of :math:`x_0` is proportional to
 
 .. math:: \exp\Bigl( -\Phi(x_0) - \frac{\lVert x_0 - c \rVert^2}{2 r^2} \Bigr), \qquad
           \Phi(x_0) = \tfrac12 (y - A(x_0))^\top (\Sigma_y + \tau I)^{-1} (y - A(x_0)) .
 
-In :math:`q = (x_0 - c) / r` a leap of the angle :math:`\epsilon` changes q and a normal momentum p by
+For a linear operator with known singular vectors, :math:`A = U S V^\top`, and noise that is independent along U, this
+is a normal distribution for :math:`\tau = 0`, and with a standard normal z a draw is
+
+.. math:: x_0 = c + r z + V \Bigl( \frac{r^2 S}{\Sigma_y + r^2 S^2}\, U^\top (y - A c)
+                + r \Bigl( \frac{\Sigma_y^{1/2}}{(\Sigma_y + r^2 S^2)^{1/2}} - 1 \Bigr) V^\top z \Bigr) .
+
+Other draws are made by Hamiltonian Monte Carlo. In :math:`q = (x_0 - c) / r` a leap of the angle :math:`\epsilon`
+changes q and a normal momentum p by
 
 .. math:: p \leftarrow p - \tfrac{\epsilon}{2} \nabla_q \Phi, \qquad
           (q, p) \leftarrow (q \cos \epsilon + p \sin \epsilon,\; p \cos \epsilon - q \sin \epsilon), \qquad
@@ -34,12 +41,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from scorematch.core.batches import per_image
 from scorematch.core.randomness import standard_normal
+from scorematch.core.scores import Score
+from scorematch.restoration.decomposition import Decomposition
 from scorematch.restoration.method import Restoration, largest_eigenvalue
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Linearization
@@ -51,7 +61,7 @@ _PROBES = 4  # places for the largest curvature
 
 
 class Likelihood(Restoration):
-    """The likelihood of y, from which a sampler draws; the score is that of the network.
+    """The likelihood of y, from which a sampler draws.
 
     Args:
         observation: an observation of known shape, with any operator.
@@ -70,6 +80,10 @@ class Likelihood(Restoration):
         with torch.enable_grad():
             value = operator.measure(like.expand(len(observation), *like.shape[1:]).clone().requires_grad_())
         self._linearizes = operator.is_linear or not value.requires_grad
+        known = not callable(observation.sigma) and len(operator) == 1
+        self._singular = operator.decomposition(like) if known else None
+        if self._singular and self._singular.measured and not isinstance(observation.sigma, float):
+            self._singular = None  # the noise is not independent along the singular vectors
         for _ in range(_PROBES):
             u = standard_normal(like.shape, places, like.device).expand(len(observation), *like.shape[1:])
             near = operator.linearized(middle + variance**0.5 * u)
@@ -91,7 +105,7 @@ class Likelihood(Restoration):
         noise: Callable[[Tensor], Tensor],
         uniform: Callable[[], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """The samples after ``count`` proposals, and the new angles.
+        """The samples after ``count`` proposals, and the new angles; or if the product is normal, independent samples.
 
         Args:
             x: where the chains are (n, ...), such as a draw for another center.
@@ -102,6 +116,8 @@ class Likelihood(Restoration):
             noise: returns standard normal values like a tensor.
             uniform: returns a uniform random number for each sample (n,).
         """
+        if self._singular is not None:
+            return self._normal(self._observation, center, deviation, noise(center)), angle
         variance = deviation**2
         added = self._curvature * variance * (variance / (2 * self._variance) + 0.01)  # tau
         fixed = self._observation.operator.linearized(center) if self._linearizes else None
@@ -129,6 +145,31 @@ class Likelihood(Restoration):
             energy = torch.where(accepted, potential, energy)
             q, force = (torch.where(accepted.view(each), *pair) for pair in ((moved, q), (pull, force)))
         return center + deviation * q, angle
+
+    def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
+        """The score of the mean of the normal distribution, for the final denoised image; else that of the network."""
+        follow = super().score(score, x, sigma, rows)
+        if self._singular is None:
+            return follow
+        deviation = sigma / (1 + sigma**2 / self._variance) ** 0.5
+        mean = self._normal(self._observation.rows(rows), torch.add(x, follow, alpha=sigma**2), deviation)
+        return (mean - x) / sigma**2
+
+    def _normal(self, observation: Observation, center: Tensor, deviation: float, z: Tensor | None = None) -> Tensor:
+        """The mean of the normal distribution of a linear operator (n, ...), or with z (n, ...) draws from it."""
+        singular = cast(Decomposition, self._singular)
+        residual = observation.residual(observation.operator.measure(center))
+        noise, scale = torch.as_tensor(observation.sigma, device=center.device), deviation * singular.values
+        if singular.measured is None:
+            scale, along = observation.observed(scale.expand_as(residual)), residual
+        else:
+            along = singular.measured(residual)
+        total = noise.square() + scale.square()
+        change = torch.where(scale > 0, scale * along / total, 0)
+        if z is None:
+            return center + deviation * singular.sample(change)
+        less = torch.where(scale > 0, noise / total.sqrt() - 1, 0)
+        return center + deviation * (z + singular.sample(change + less * singular.coefficients(z)))
 
     def _phi(self, near: Linearization, value: Tensor, added: Tensor, deviation: float) -> tuple[Tensor, Tensor]:
         """Phi (n,) and its negative gradient in q."""

@@ -11,10 +11,11 @@ is exact for data with the covariance v I, and for other data where :math:`\sigm
 are those of a Gibbs sampler for the pair of :math:`x_0` and the state, so that :math:`x_0` has the distribution of the
 posterior at every level. The noise of all levels is new, and a state can correct errors of the levels above.
 
-The first step takes one call of the network, without gradients, and then a few proposals of Hamiltonian Monte Carlo
-(``scorematch.restoration.likelihood``) from the :math:`x_0` of the level before. They compute the measurement, but not
-the network. A measurement is therefore never linearized, unless it has no gradient. Proposals from D instead would not
-keep the distribution: a few do not leave a plateau of the likelihood, such as that beyond the limits of ``Clip``.
+The first step takes one call of the network, without gradients. For a linear operator with known singular vectors
+:math:`x_0` is drawn from the product itself (``scorematch.restoration.likelihood``). For others a few proposals of
+Hamiltonian Monte Carlo from the :math:`x_0` of the level before follow. They compute the measurement, but not the
+network. A measurement is therefore never linearized, unless it has no gradient. Proposals from D instead would not keep
+the distribution: a few do not leave a plateau of the likelihood, such as that beyond the limits of ``Clip``.
 
 At a low level :math:`x_0` moves by about :math:`\sigma` only. With too few levels, what y leaves open has the spread of
 higher levels.
