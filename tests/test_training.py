@@ -885,13 +885,19 @@ def test_sigterm_and_ctrl_c_save_a_checkpoint(tmp_path, number, error, capsys):
 
 
 @pytest.mark.usefixtures("in_the_foreground")
-def test_the_first_ctrl_c_says_that_the_step_is_completed(capsys):
+def test_the_first_ctrl_c_says_that_the_step_is_completed(capsys, monkeypatch):
+    """A cluster sends it to torchrun and to its processes, and torchrun passes it on: these count as one."""
+    now = 50.0
+    monkeypatch.setattr("scorematch.training.signals.time.monotonic", lambda: now)
     with Stop(announce=True) as stop:
-        signal.raise_signal(signal.SIGINT)
-        message = "\nstopping after this step; a second signal stops without a checkpoint\n"
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        message = "\nstopping after this step; another signal in two seconds or later stops without a checkpoint\n"
         assert stop.asked and capsys.readouterr().err == message
+        now = 53.0
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 @pytest.mark.usefixtures("in_the_foreground")

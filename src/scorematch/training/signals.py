@@ -5,13 +5,17 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
+# A cluster may send a signal to torchrun and to all of its processes, and torchrun passes it on to them.
+_SAME = 2.0  # seconds within which further signals are taken to be the first one
+
 
 class Stop:
-    """Delays SIGTERM and Ctrl-C until the end of a step; a second signal takes effect immediately.
+    """Delays SIGTERM and Ctrl-C until the end of a step; another signal, two seconds later, takes effect immediately.
 
     Args:
         announce: whether to print at the first signal that the run stops after this step, which may take minutes.
@@ -22,6 +26,7 @@ class Stop:
 
     def __init__(self, *, announce: bool) -> None:
         self.asked = False
+        self._since = 0.0
         self._announce = announce
         self._number = int(signal.SIGTERM)
         self._before: dict[int, Any] = {}
@@ -45,11 +50,18 @@ class Stop:
         raise SystemExit(128 + self._number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked, self._number = True, number
-        self._restore()
+        if self.asked:
+            if time.monotonic() - self._since > _SAME:
+                self._restore()
+                signal.raise_signal(number)
+            return
+        self.asked, self._number, self._since = True, number, time.monotonic()
         if self._announce:
             with suppress(OSError, RuntimeError, ValueError):  # it is closed, or the signal interrupted its own writing
-                print("\nstopping after this step; a second signal stops without a checkpoint", file=sys.stderr)
+                print(
+                    "\nstopping after this step; another signal in two seconds or later stops without a checkpoint",
+                    file=sys.stderr,
+                )
 
     def _restore(self) -> None:
         while self._before:
