@@ -892,7 +892,7 @@ def test_the_first_ctrl_c_says_that_the_step_is_completed(capsys, monkeypatch):
     with Stop(announce=True) as stop:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(number)
-        message = "\nstopping after this step; another signal in two seconds or later stops without a checkpoint\n"
+        message = "\nstopping after this step; another signal more than two seconds later stops without a checkpoint\n"
         assert stop.asked and capsys.readouterr().err == message
         now = 53.0
         with pytest.raises(KeyboardInterrupt):

@@ -301,7 +301,7 @@ class Empirical(Distribution):
     def __repr__(self) -> str:
         return f"Empirical({len(self)} x {self.sample_shape}, bandwidth {self.bandwidth:g})"
 
-    @property
+    @cached_property
     def data_std(self) -> float:
         """The root of the mean variance of the values, computed without the covariance."""
         squares = sum(float((block - self.mean).square().sum()) for block in self._blocks())

@@ -77,13 +77,15 @@ class Likelihood(Restoration):
             self._exact = replacement(observation, operator.gain)
         places, self._curvature = torch.Generator().manual_seed(0), observation.y.new_tensor(0.0)
         like = observation.y.new_zeros((1, *(observation.shape or ())))
-        with torch.enable_grad():
-            value = operator.measure(like.expand(len(observation), *like.shape[1:]).clone().requires_grad_())
-        self._linearizes = operator.is_linear or not value.requires_grad
         known = not callable(observation.sigma) and len(operator) == 1
         self._singular = operator.decomposition(like) if known else None
         if self._singular and self._singular.measured and not isinstance(observation.sigma, float):
             self._singular = None  # the noise is not independent along the singular vectors
+        if self._singular is not None:
+            return  # what follows is for Monte Carlo
+        with torch.enable_grad():
+            value = operator.measure(like.expand(len(observation), *like.shape[1:]).clone().requires_grad_())
+        self._linearizes = operator.is_linear or not value.requires_grad
         for _ in range(_PROBES):
             u = standard_normal(like.shape, places, like.device).expand(len(observation), *like.shape[1:])
             near = operator.linearized(middle + variance**0.5 * u)
@@ -105,7 +107,10 @@ class Likelihood(Restoration):
         noise: Callable[[Tensor], Tensor],
         uniform: Callable[[], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """The samples after ``count`` proposals, and the new angles; or if the product is normal, independent samples.
+        """Samples of the product, and the new angles.
+
+        If the product is a known normal distribution, the samples are independent of ``x``; otherwise they are those
+        after ``count`` proposals.
 
         Args:
             x: where the chains are (n, ...), such as a draw for another center.
@@ -117,7 +122,10 @@ class Likelihood(Restoration):
             uniform: returns a uniform random number for each sample (n,).
         """
         if self._singular is not None:
-            return self._normal(self._observation, center, deviation, noise(center)), angle
+            z = noise(center)
+            return center + deviation * (
+                z + self._change(self._singular, self._observation, center, deviation, z)
+            ), angle
         variance = deviation**2
         added = self._curvature * variance * (variance / (2 * self._variance) + 0.01)  # tau
         fixed = self._observation.operator.linearized(center) if self._linearizes else None
@@ -147,29 +155,34 @@ class Likelihood(Restoration):
         return center + deviation * q, angle
 
     def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
-        """The score of the mean of the normal distribution, for the final denoised image; else that of the network."""
+        """The score that corresponds to the mean of the product, if it is a known normal distribution.
+
+        Otherwise it is that of the network. The sampler uses it for the final denoising only.
+        """
         follow = super().score(score, x, sigma, rows)
         if self._singular is None:
             return follow
         deviation = sigma / (1 + sigma**2 / self._variance) ** 0.5
-        mean = self._normal(self._observation.rows(rows), torch.add(x, follow, alpha=sigma**2), deviation)
+        center = x + sigma**2 * follow
+        mean = center + deviation * self._change(self._singular, self._observation.rows(rows), center, deviation)
         return (mean - x) / sigma**2
 
-    def _normal(self, observation: Observation, center: Tensor, deviation: float, z: Tensor | None = None) -> Tensor:
-        """The mean of the normal distribution of a linear operator (n, ...), or with z (n, ...) draws from it."""
-        singular = cast(Decomposition, self._singular)
-        residual = observation.residual(observation.operator.measure(center))
-        noise, scale = torch.as_tensor(observation.sigma, device=center.device), deviation * singular.values
+    def _change(
+        self, singular: Decomposition, observation: Observation, center: Tensor, deviation: Any, z: Tensor | None = None
+    ) -> Tensor:
+        """What is added to (c + r z) / r for a draw of the normal distribution, or to c / r for its mean (n, ...)."""
+        residual, sigma = observation.residual(observation.operator.measure(center)), observation.sigma
+        along, scale = residual, deviation * singular.values
         if singular.measured is None:
-            scale, along = observation.observed(scale.expand_as(residual)), residual
+            scale = observation.observed(scale.expand_as(residual))
         else:
             along = singular.measured(residual)
-        total = noise.square() + scale.square()
-        change = torch.where(scale > 0, scale * along / total, 0)
-        if z is None:
-            return center + deviation * singular.sample(change)
-        less = torch.where(scale > 0, noise / total.sqrt() - 1, 0)
-        return center + deviation * (z + singular.sample(change + less * singular.coefficients(z)))
+        noise = sigma if isinstance(sigma, Tensor) else scale.new_full((), cast(float, sigma))
+        total = torch.hypot(noise, scale)
+        change = scale / total * (along / total)
+        if z is not None:
+            change = change + (noise / total - 1) * singular.coefficients(z)
+        return singular.sample(torch.where(scale > 0, change, 0))
 
     def _phi(self, near: Linearization, value: Tensor, added: Tensor, deviation: float) -> tuple[Tensor, Tensor]:
         """Phi (n,) and its negative gradient in q."""

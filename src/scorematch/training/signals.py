@@ -59,7 +59,7 @@ class Stop:
         if self._announce:
             with suppress(OSError, RuntimeError, ValueError):  # it is closed, or the signal interrupted its own writing
                 print(
-                    "\nstopping after this step; another signal in two seconds or later stops without a checkpoint",
+                    "\nstopping after this step; another signal more than two seconds later stops without a checkpoint",
                     file=sys.stderr,
                 )
 
