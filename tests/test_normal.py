@@ -110,6 +110,13 @@ def test_a_smooth_mean_is_found_and_used_at_a_low_resolution():
         wrong.sample(1, shape=SHAPE, progress=False)
 
 
+def test_a_mean_far_from_zero_is_not_rounded_to_a_part_of_the_deviation():
+    """Pressures of 101,325 +- 10 Pa: the middle of the samples was off by 2.5 deviations."""
+    z = torch.randn(500, *SHAPE, generator=seed(0))
+    pressures = 101_325 + 10 * (z - z.mean(0))
+    assert data_moments(pressures)["data_mean"] == pytest.approx([101_325.0] * 3 * 4**2, abs=0.1)
+
+
 class Measured:
     """The score of normal data of any sides, for which the spectrum of samples of one shape is known."""
 

@@ -103,7 +103,8 @@ def data_moments(data: Tensor, mean_side: int | None = None, net: Score | None =
     data = data / noise_ratios(net, data)
     mean = _resized(data.mean(0, keepdim=True), [mean_side] * len(sides)).flatten()
     spectrum = cosines.means(cosines.transform(data).var(0)[None])[0]
-    return {"data_mean": _rounded(mean), "data_spectrum": _rounded(spectrum)}
+    # The mean may be far larger than the deviation, such as that of pressures in Pa.
+    return {"data_mean": _rounded(mean, 7), "data_spectrum": _rounded(spectrum, 4)}
 
 
 class Normal:
@@ -251,5 +252,5 @@ def _cosines(shape: Sequence[int]) -> Cosines:
     return Cosines(torch.empty(0, *shape, dtype=torch.float64, device="cpu"))
 
 
-def _rounded(values: Tensor) -> list[float]:
-    return [float(f"{value:.4g}") for value in values.tolist()]
+def _rounded(values: Tensor, digits: int) -> list[float]:
+    return [float(f"{value:.{digits}g}") for value in values.tolist()]
