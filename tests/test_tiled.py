@@ -10,7 +10,7 @@ from scorematch.core.conditions import Condition
 from scorematch.guidance import Tiled
 from scorematch.guidance import tiled as module
 from scorematch.restoration import Mask, Observation
-from scorematch.sampling import ODESampler
+from scorematch.sampling import ODESampler, data_moments
 from tests.helpers import run, seed
 
 
@@ -48,6 +48,23 @@ def test_samples_of_white_noise_have_the_same_spread_at_the_seams_as_inside():
     spread = found[0].square().mean((0, 1)).sqrt()  # of each pixel; the standard error is 0.035
     assert (spread - 1).abs().max() < 0.14
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_moments_of_the_samples_of_the_network_serve_samples_of_tiles():
+    """Networks of color pictures have settings with moments; with tiles they raised an error for larger pictures."""
+
+    class White:
+        sample_shape = (1, 6, 6)
+
+        def __call__(self, x, sigma):
+            return _white(x, sigma)
+
+    moments = data_moments(torch.randn(200, 1, 6, 6, generator=seed(), dtype=torch.float64))
+    found = [
+        run(ODESampler(score, sigmas=[3, 1, 0.2], method="unipc", **moments), 2, shape=(1, 9, 14), generator=0)
+        for score in (White(), Tiled(White()))
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
 class Process:

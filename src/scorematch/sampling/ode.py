@@ -58,7 +58,7 @@ from torch import Tensor
 
 from scorematch.core.arguments import argument
 from scorematch.core.conditions import takes_image
-from scorematch.core.derived import Isotropic
+from scorematch.core.derived import DerivedScore, Isotropic
 from scorematch.core.json_files import native
 from scorematch.core.schema import Field
 from scorematch.core.scores import Score, attribute, middle_of
@@ -326,7 +326,10 @@ class ODESampler(Sampler):
     def _normal(self, x: Tensor) -> Normal | None:
         if self.data_mean is None or self.data_spectrum is None:
             return None
-        normal = Normal(x, self.data_mean, self.data_spectrum, attribute(self.net, "sample_shape"))
+        measured: Any = self.net
+        while isinstance(measured, DerivedScore) and measured.sample_shape is None:  # the tiles of a network
+            measured = measured.net
+        normal = Normal(x, self.data_mean, self.data_spectrum, attribute(measured, "sample_shape"))
         if isinstance(self.net, Isotropic) and normal.variance > 2 * (own := self.net.units.typical**2):
             raise ValueError(
                 f"{argument('data_spectrum')} has the variance {normal.variance:.3g}, and the network {own:.3g}, whose "
