@@ -13,6 +13,7 @@ from scorematch.core.conditions import Condition
 from scorematch.nets import RefineNet
 from scorematch.nets.unet import UNet
 from scorematch.pretrained import cards
+from scorematch.sampling import SamplerSettings, recommended_sampler
 from tests.helpers import on_meta, run
 
 LEVELS = NoiseSchedule.geometric(10, 0.01, 30)
@@ -126,6 +127,36 @@ def test_a_value_range_that_is_assigned_is_checked():
     assert net.value_range == (-5.0, 5.0) and net.config["value_range"] == [-5.0, 5.0]
     net.value_range = None
     assert net.value_range is None and net.config["value_range"] is None
+
+
+MOMENTS = {"data_mean": [0.3], "data_spectrum": [0.04] * 4}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SamplerSettings(levels=30, step_size=5e-5, consistent=True),
+        SamplerSettings("ode", sigmas=[2, 0.5, 0.1], method="unipc", **MOMENTS),
+        SamplerSettings("ode", levels=8, churn=2, churn_min=0.05, churn_max=2),
+        SamplerSettings(
+            "ancestral", levels=9, alternatives=[SamplerSettings("ode", levels=3, sigma_max=5, sigma_min=0.1)]
+        ),
+    ],
+    ids=str,
+)
+def test_a_network_with_settings_is_the_same_in_the_units_of_another_range(settings):
+    """Its step size, noise levels and moments stayed those of the range before, so that its samples were others."""
+    net = ScoreNet(Backbone(_karras), LEVELS, precondition="karras", sample_shape=(1, 4, 1))
+    net.sampler_settings = settings
+
+    def samples():
+        calls = [None, *(len(recommended_sampler(net, each)) for each in settings.alternatives)]
+        return [run(recommended_sampler(net, calls=each), 5, generator=0) for each in calls]
+
+    expected = samples()
+    net.value_range = (-3, 1)
+    for found, before in zip(samples(), expected, strict=True):
+        torch.testing.assert_close(found, 4 * before - 3, rtol=1e-4, atol=1e-4)
 
 
 def test_samples_of_points_are_not_clamped(rng):

@@ -39,6 +39,8 @@ class Field:
         choices: the allowed values; None allows all.
         each: the field of each entry of a list, or of each value of an object.
         or_list: the largest length of a list of such values that the value may also be; 0 is none.
+        units: the power of the units of the data that a number has: 1 for a noise level, 2 for a variance.
+        place: whether the number is a value of the data, and not a difference of values.
     """
 
     kind: type
@@ -51,6 +53,8 @@ class Field:
     choices: Collection[Any] | None = None
     each: Field | None = None
     or_list: int = 0
+    units: int = 0
+    place: bool = False
 
     def __str__(self) -> str:
         if self.or_list:
@@ -98,6 +102,12 @@ class Field:
             and (self.below is None or size < self.below)
             and (self.each is None or all(map(self.each.fits, entries)))
         )
+
+    def in_units(self, value: Any, scale: float, shift: float) -> Any:
+        """The value for data x in the units of ``scale * x + shift``."""
+        if self.each is not None:
+            return [self.each.in_units(entry, scale, shift) for entry in value]
+        return value * scale**self.units + (shift if self.place else 0) if self.units else value
 
 
 def check(values: Any, fields: Mapping[str, Field], where: str, *, closed: bool = False) -> None:

@@ -36,6 +36,7 @@ class DataUnits:
     precondition: str
     sample_shape: tuple[int, ...] | None
     axes: tuple[str, ...] | None
+    sampler_settings: Any
     _value_range: Range | None
     _units: Units | None
 
@@ -54,7 +55,8 @@ class DataUnits:
         """(low, high) of the data, or None for data without a fixed range.
 
         If another range is assigned, and the preconditioning maps the range to [-1, 1], the noise levels are multiplied
-        by the ratio of the widths of the ranges: it is the same network in other units.
+        by the ratio of the widths of the ranges, and the sampler settings are converted: it is the same network in
+        other units.
         """
         return self._value_range
 
@@ -69,8 +71,11 @@ class DataUnits:
         before: Preconditioning | None = self.preconditioning if hasattr(self, "_units") else None
         self._value_range = None if ends is None else (float(ends[0]), float(ends[1]))
         if before is not None and ends is not None:
-            scale = before.units[0] / self.preconditioning.units[0]
+            (k, middle), (new_k, new_middle) = before.units, self.preconditioning.units
+            scale, shift = k / new_k, new_middle - k / new_k * middle
             self.schedule = self.schedule if scale == 1 else NoiseSchedule(self.schedule.sigmas * scale)
+            if self.sampler_settings is not None and (scale, shift) != (1, 0):
+                self.sampler_settings = self.sampler_settings.in_units(scale, shift)
 
     @property
     def units(self) -> Units | None:

@@ -128,7 +128,9 @@ class AnnealedLangevinSampler(Sampler):
             int | None, Field(int, low=1, high=1_000_000), "the number of Langevin steps at each level"
         ] = None,
         step_size: Annotated[
-            float | None, Field(float, above=0), "the step size at the lowest level, above 0 and below 2 sigma_min^2"
+            float | None,
+            Field(float, above=0, units=2),
+            "the step size at the lowest level, above 0 and below 2 sigma_min^2",
         ] = None,
         exact_noise: Annotated[
             bool | None,

@@ -156,7 +156,7 @@ class ODESampler(Sampler):
         ] = None,
         sigmas: Annotated[
             Sequence[float] | None,
-            Field(list, low=1, high=1000, each=Field(float, above=0)),
+            Field(list, low=1, high=1000, each=Field(float, above=0, units=1)),
             "the noise levels, from high to low (default: those of Karras et al.)",
         ] = None,
         order: Annotated[
@@ -174,18 +174,18 @@ class ODESampler(Sampler):
         ] = None,
         data_mean: Annotated[
             Sequence[float] | None,
-            Field(list, low=1, high=1000, each=Field(float)),
+            Field(list, low=1, high=1000, each=Field(float, units=1, place=True)),
             "the mean of each channel of the data, for a start at a moderate level",
         ] = None,
         data_spectrum: Annotated[
             Sequence[float] | None,
-            Field(list, low=1, high=100_000, each=Field(float, low=0)),
+            Field(list, low=1, high=100_000, each=Field(float, low=0, units=2)),
             "the variances of the data along bands of cosines, for a start at a moderate level",
         ] = None,
         churn: Annotated[float, Field(float, low=0), "with heun: how much new noise the steps add"] = 0.0,
-        churn_min: Annotated[float, Field(float, low=0), "the lowest level at which noise is added"] = 0.0,
+        churn_min: Annotated[float, Field(float, low=0, units=1), "the lowest level at which noise is added"] = 0.0,
         churn_max: Annotated[
-            float | None, Field(float, low=0), "the highest level at which noise is added (default: no limit)"
+            float | None, Field(float, low=0, units=1), "the highest level at which noise is added (default: no limit)"
         ] = None,
         churn_noise: Annotated[float, Field(float, above=0), "the factor of the added noise"] = 1.0,
         **options: Unpack[SamplerOptions],

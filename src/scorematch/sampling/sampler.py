@@ -125,10 +125,10 @@ class Sampler(ABC):
         *,
         levels: Annotated[int | None, Field(int, low=2, high=1_000_000), "the number of noise levels"] = None,
         sigma_max: Annotated[
-            float | None, Field(float, low=0), "the highest noise level, within the network's range"
+            float | None, Field(float, low=0, units=1), "the highest noise level, within the network's range"
         ] = None,
         sigma_min: Annotated[
-            float | None, Field(float, low=0), "the lowest noise level, within the network's range"
+            float | None, Field(float, low=0, units=1), "the lowest noise level, within the network's range"
         ] = None,
         denoise: Annotated[
             bool, Field(bool), "whether to end with one step of Tweedie's formula at the lowest level"

@@ -136,6 +136,13 @@ class SamplerSettings:
         """These settings without alternatives, or with others."""
         return SamplerSettings(self.sampler, alternatives=alternatives, learned_for=self.learned_for, **self.options)
 
+    def in_units(self, scale: float, shift: float) -> SamplerSettings:
+        """These settings and their alternatives for the same network with data x in the units of scale * x + shift."""
+        known = options_of(SAMPLERS[self.sampler])
+        options = {name: known[name].field.in_units(value, scale, shift) for name, value in self._given}
+        others = [each.in_units(scale, shift) for each in self.alternatives]
+        return SamplerSettings(self.sampler, alternatives=others, learned_for=self.learned_for, **options)
+
     def __str__(self) -> str:
         return ", ".join(f"{key} {native(value)}" for key, value in [("sampler", self.sampler), *self._given])
 
