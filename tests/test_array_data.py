@@ -98,6 +98,20 @@ def test_values_of_netcdf_that_stand_for_gaps_are_nan(tmp_path):
         open_arrays(tmp_path / "pair.nc")
 
 
+def test_the_axes_of_netcdf_have_the_names_of_its_dimensions(tmp_path):
+    import h5py
+
+    without = "This is a netCDF dimension but not a netCDF variable."  # as netCDF calls a dimension without coordinates
+    scales = {"time": "time", "variable": f"{without}{2:10}", "height": ""}
+    with h5py.File(tmp_path / "x.nc", "w") as file:
+        file["group/x"] = np.ones((3, 2, 4))
+        for axis, (name, title) in zip(file["group/x"].dims, scales.items(), strict=True):
+            file[name] = np.zeros(file["group/x"].shape[0])
+            file[name].make_scale(title)
+            axis.attach_scale(file[name])
+    assert open_arrays(tmp_path / "x.nc").axes == AXES
+
+
 @pytest.mark.parametrize("kind", ["S3", None], ids=["fixed", "variable"])
 def test_classes_that_are_strings_in_hdf5(kind, tmp_path):  # which h5py reads as bytes
     import h5py

@@ -329,8 +329,8 @@ def _of_values(data: Any, key: str | None, condition_key: str | None, pictures: 
 
 def _axes(x: Any) -> list[Any]:
     """The names of the axes of an array of HDF5 or zarr, as netCDF and xarray write them; empty without."""
-    if hasattr(x, "dims"):  # the label of an axis, or the name of its scale
-        return [axis.label or next(iter(axis.keys()), "") for axis in x.dims]
+    if hasattr(x, "dims"):  # the label of an axis, or the place of its scale, whose name may be a sentence of netCDF
+        return [axis.label or (axis[0].name.rpartition("/")[2] if len(axis) else "") for axis in x.dims]
     names = getattr(getattr(x, "metadata", None), "dimension_names", None) or dict(getattr(x, "attrs", {})).get(
         "_ARRAY_DIMENSIONS"
     )
