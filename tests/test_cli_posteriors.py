@@ -70,6 +70,20 @@ def test_each_measurement_is_restored_for_itself(folder):
     assert np.allclose(array, together, rtol=1e-4)
 
 
+def test_measurements_in_other_files(folder):
+    import h5py  # here, since the imports take a second
+    import zarr
+
+    group = zarr.open_group(str(folder / "masked.zarr"), mode="w")
+    with np.load(folder / "masked.npz") as arrays, h5py.File(folder / "masked.nc", "w") as file:
+        for name, values in arrays.items():
+            group[name], file[name] = values, values
+    options = ("--sigma", "3", "-n", "2", "--levels", "3")
+    expected = restored(folder, "masked.npz", *options)["x"]
+    for name in ("masked.nc", "masked.zarr"):
+        assert np.array_equal(restored(folder, name, *options)["x"], expected)
+
+
 def test_a_mask_and_other_operators(folder, capsys):
     mask = f"mask:{folder / 'mask.npy'}"
     found = restored(folder, "whole.npy", "--operator", mask, "-n", "3")["x"]

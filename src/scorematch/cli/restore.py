@@ -19,7 +19,7 @@ from scorematch.cli.options.duration import announce, count
 from scorematch.cli.options.networks import add_model, load
 from scorematch.cli.options.operators import add_operators, add_restore_method, read_operator
 from scorematch.cli.options.outputs import add_overwrite, check_folder_name, check_new
-from scorematch.cli.options.posteriors import ENDINGS, restore_arrays
+from scorematch.cli.options.posteriors import restore_arrays
 from scorematch.cli.options.samplers import add_sampling, make_sampler
 from scorematch.cli.options.values import amount, expanded, filled, fitting, image_count
 from scorematch.core.conditions import takes_image, with_image
@@ -27,6 +27,7 @@ from scorematch.core.messages import about
 from scorematch.core.randomness import seed_of
 from scorematch.core.records import hash_of, hash_of_bytes
 from scorematch.core.schema import Field
+from scorematch.data.array_data import FILES
 from scorematch.data.arrays import write_arrays
 from scorematch.data.pictures import check_picture, grid, is_deep, list_pictures, open_picture, read_image, save_image
 from scorematch.guidance import Tiled
@@ -54,8 +55,9 @@ def add(commands: Commands) -> None:
         help="fill holes in pictures, extend, colorize, enlarge or clean them with a trained network",
         description="Restores damaged pictures with a trained network. For each picture it writes several "
         "restorations, and a strip\nthat shows the picture and its restorations side by side.\n\n"
-        "Arrays, such as fields, are restored from a file .npz (with y and, for gaps, the array mask) or .npy into a "
-        "file of the\ndraws x (N, K, ...), K of each of N measurements, in the units of the data. NaN in y is a gap.",
+        "Arrays, such as fields, are restored from a file .npz, .h5, .nc or .zarr (with y and, for gaps, the array "
+        "mask) or .npy\ninto a file of the draws x (N, K, ...), K of each of N measurements, in the units of the data. "
+        "NaN in y is a gap.",
         epilog="Examples:\n"
         "  %(prog)s mnist damaged.png restored --operator mask:observed.png\n"
         "  %(prog)s palette-celeba gray-faces restored --operator gray\n"
@@ -168,7 +170,7 @@ def _crop(text: str) -> str | tuple[int, ...]:
 def _run(args: argparse.Namespace) -> None:
     if args.uncertainty and args.n < 2:
         raise ValueError(f"--uncertainty needs several restorations, got -n {args.n}. Write -n 20.")
-    if Path(args.pictures).suffix.lower() in ENDINGS:
+    if Path(args.pictures).suffix.lower() in FILES:
         restore_arrays(args)
         return
     if args.operator is None:

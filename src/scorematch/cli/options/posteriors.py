@@ -28,7 +28,7 @@ from scorematch.restoration.methods import Restore
 from scorematch.sampling import ParticleSampler
 from scorematch.sampling.bulk import Job, prepared
 
-ENDINGS = (".npz", ".npy")
+_ENDINGS = (".npz", ".npy")  # of the restorations
 _OF_PICTURES = ("resize", "tile", "crop", "feather", "strict", "skip_existing")
 _TOGETHER = 64  # draws that are in memory of the network at once, unless more of one measurement are wanted
 
@@ -37,7 +37,7 @@ def restore_arrays(args: argparse.Namespace) -> None:
     """Restores the arrays of a file, and writes the draws (N, K, ...) of all measurements."""
     path, out = Path(args.pictures).expanduser(), args.folder
     refuse(args, _OF_PICTURES, "is for pictures")
-    if out.suffix.lower() not in ENDINGS:
+    if out.suffix.lower() not in _ENDINGS:
         raise ValueError(f"the restorations of an array are an array: write a file .npz or .npy, such as {out}.npz.")
     if args.uncertainty and out.suffix.lower() != ".npz":
         raise ValueError(f"--uncertainty writes several arrays. Write them to a file {out.with_suffix('.npz')}.")
