@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from scorematch.core.arguments import check_count, check_integer
+from scorematch.core.arguments import argument, check_count, check_integer
 from scorematch.core.charts import table as markdown_table
 from scorematch.core.conditions import takes_image
 from scorematch.core.files import check_own, delete_unfinished, write_whole
@@ -376,7 +376,10 @@ def samplers_within(
     samplers = {each: sampler for each in settings if len(sampler := recommended_sampler(net, each)) <= calls}
     if not samplers:
         fewest = min(len(recommended_sampler(net, each)) for each in settings or settings_table(net))
-        raise ValueError(f"no settings have at most {calls} network calls per image: the fewest are {fewest}.")
+        raise ValueError(
+            f"no settings have at most {calls} network calls per image: the fewest are {fewest}. Write "
+            f"{argument('calls', fewest)}."
+        )
     return samplers
 
 
