@@ -354,6 +354,10 @@ def test_wrong_arguments_of_tune_are_refused(folder, capsys):
             (network, *reference, "--features", "pixels", "--calls", 1),
             "no settings have at most 1 network calls per image: the fewest are 5. Write --calls 5.",
         ),
+        (
+            (network, *reference, "--features", "pixels", "--cache", "a", "--no-cache"),
+            "--cache and --no-cache cannot be combined. Leave out one.",
+        ),
         (("nothing", *reference), "'nothing' is not the short name of a network"),
         ((network, *reference, "--by", "rmse"), "by must be one of 'frechet', 'kernel' for pictures, got 'rmse'"),
         ((network, *reference, "--restore", "pool:2", "--class", 1), "--class is not for --restore. Leave it out."),

@@ -67,6 +67,8 @@ def reference_options(args: argparse.Namespace, device: torch.device, *, arrays:
     """
     if args.weights is not None and len(args.features) > 1:
         raise ValueError("--weights is for one extractor. Name one with --features.")
+    if args.cache is not None and args.no_cache:
+        raise ValueError("--cache and --no-cache cannot be combined. Leave out one.")
     return {
         "features": VALUES
         if arrays
