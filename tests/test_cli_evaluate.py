@@ -412,5 +412,6 @@ def test_wrong_arguments_of_diagnose_are_refused(folder, capsys):
         ((*both, "--posterior", "jpeg:5"), "must be linear"),
         ((*both, "--posterior", "pool:2", "-n", 10), "need at least 100 observations, got 10"),
         ((folder / "network", folder / "nothing"), "nothing does not exist"),
+        (("palette-mnist", folder / "real.npz"), "palette-mnist needs a condition for each image. Write level_losses("),
     ]:
         assert message in _refused(["diagnose", *arguments], capsys), arguments

@@ -73,6 +73,12 @@ def _run(args: argparse.Namespace) -> None:
         refuse(args, ["size"], "is for --samplers and --posterior")
     operator = None if args.posterior is None else as_operator(read_operator(args.posterior))
     net = load(args)
+    parts = {} if fitting or net.conditioning is None else net.conditioning.parts()
+    if not all(part.null_class for part in parts.values()):
+        raise ValueError(
+            f"{args.model} needs a condition for each image. Write level_losses(net, data, condition=...) in Python, "
+            "or add --samplers or --posterior OPERATOR."
+        )
     channels, *size = net.sample_shape or ()
     size = [args.size] * 2 if fitting else size
     data = open_images(
