@@ -180,6 +180,13 @@ def test_a_network_for_other_data_is_no_start(tmp_path, capsys, own, shape):
     assert f"whose samples have the shape {shape}, but {tmp_path / 'net'} is one for the shape {own}. Leave" in error
 
 
+def test_features_of_pictures_are_not_for_other_data(tmp_path, capsys):
+    network_for((3,)).save_pretrained(tmp_path / "net")
+    np.save(tmp_path / "x.npy", _data((3,)))
+    error = refused(["evaluate", tmp_path / "net", tmp_path / "x.npy", "--features", "pixels", *QUIET], capsys)
+    assert "Other data are for sample, restore, evaluate and tune without --restore and --features, and for" in error
+
+
 def test_a_condition_of_bulk_samples_is_that_of_each_sample():
     def score(x, sigma, condition):
         return (condition - x) / (1e-6 + sigma**2)

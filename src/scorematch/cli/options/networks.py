@@ -13,7 +13,7 @@ from scorematch.pretrained import load as load_stored
 from scorematch.pretrained import locate
 from scorematch.score import ScoreNet
 
-_OTHERS = "Other data are for sample, restore, and evaluate without --restore, and for Python."
+_OTHERS = "Other data are for sample, restore, evaluate and tune without --restore and --features, and for Python."
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
