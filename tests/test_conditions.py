@@ -241,7 +241,11 @@ def test_a_network_of_vectors_without_label_drop_must_be_given_one(tmp_path, cap
             with pytest.raises(ValueError, match="Without label_drop in training"):
                 guided.sample(2, condition=vectors[:2], progress=False)
             message = refused(["sample", tmp_path / str(drop), tmp_path / "x.npz", "--levels", "3", "--quiet"], capsys)
-            assert "float (N, 3): pass --condition=." in message
+            assert "takes a vector as its condition. Add --condition with 3 values." in message
+            np.save(tmp_path / "x.npy", x.numpy())
+            command = ["evaluate", tmp_path / str(drop), tmp_path / "x.npy", "--levels", "3", "--quiet"]
+            message = refused(command, capsys)
+            assert "takes a vector as its condition. Add --condition with 3 values." in message
 
 
 @pytest.mark.slow

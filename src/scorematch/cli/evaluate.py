@@ -164,6 +164,8 @@ def _run(args: argparse.Namespace) -> None:
         condition = find_condition(args, net, optional=True)
         if condition is None and data is not None:
             condition = conditions_of(data, net, n, args.seed, classes)
+        if condition is None:
+            find_condition(args, net)  # raises if the network needs one
         drawn = {"classes": classes, "n_classes": args.n_classes, "condition": condition}
         job, missing = Job(sampler, seed=args.seed, batch_size=args.batch_size, **drawn), n
         if args.out is not None and not arrays:

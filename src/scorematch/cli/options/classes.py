@@ -19,6 +19,7 @@ from scorematch.core.messages import about, quote
 from scorematch.core.scores import attribute
 from scorematch.data.array_data import FILES, check_finite, with_gaps
 from scorematch.guidance import GuidedScore, classifier_free
+from scorematch.nets.blocks import without_trained_null
 from scorematch.sampling.bulk import Classes, Rule
 from scorematch.score import ScoreNet
 
@@ -104,7 +105,7 @@ def find_condition(
 ) -> Tensor | Parts | None:
     """The vectors of ``--condition``, float (m, K), or the images, float (m, K, ...), or a dict of both, or None.
 
-    Without ``optional`` a network that takes an image needs the option.
+    Without ``optional`` a network that takes an image, or a vector in every sample, needs the option.
 
     Raises:
         OSError: if the file cannot be read.
@@ -120,8 +121,12 @@ def find_condition(
     if text is None:
         if "image" in wanted and not optional:
             raise ValueError(f"{args.model} takes an image as its condition. Add --condition FILE with the images.")
-        if isinstance(net, GuidedScore) and "features" in wanted and not optional:
-            raise ValueError(f"--guidance needs a condition. Add --condition with {wanted['features'][0]} values.")
+        if "features" in wanted and not optional:
+            how = f"Add --condition with {wanted['features'][0]} values."
+            if isinstance(net, GuidedScore):
+                raise ValueError(f"--guidance needs a condition. {how}")
+            if without_trained_null(net.backbone):
+                raise ValueError(f"{args.model} takes a vector as its condition. {how}")
         return None
     if not wanted:
         instead = " Write --class K." if takes is not None and takes.classes is not None else " Leave it out."
