@@ -366,9 +366,8 @@ def test_the_files_of_an_evaluation(net, tmp_path):
 def test_the_reference_is_resized_to_a_network_but_not_to_images(net, tmp_path):
     real = write(tmp_path / "real", images(8, channels=3, size=20))
     assert run(net, real, n=6, metrics=[]).settings["reference"]["shape"] == [1, 8, 8]
-    with pytest.raises(
-        ValueError, match=r"the size of those to evaluate, 3 x 3 pixels \(gray\), got 20 x 20 pixels \(color"
-    ):
+    wanted = r"the size of those to evaluate, 3 x 3 pixels \(gray\), got 20 x 20 pixels \(color\)\. Resize them, or"
+    with pytest.raises(ValueError, match=wanted):
         run(images(6), real)
     assert run(images(6), open_images(real, image_size=3, channels=1), metrics=[]).sizes["reference"] == 8
     with pytest.raises(ValueError, match=r"the held-out images must have the shape \(1, 8, 8\), got \(1, 3, 3\)"):

@@ -235,7 +235,7 @@ class Evaluator:
         if self.data is not None and tuple(self.data.shape) != tuple(shape):
             raise ValueError(
                 f"the images of the reference must have the size of those to evaluate, {_describe(shape)}, got "
-                f"{_describe(self.data.shape)}. Open the reference with "
+                f"{_describe(self.data.shape)}. Resize them, or in Python open the reference with "
                 f"open_images(..., image_size=({shape[1]}, {shape[2]}), channels={shape[0]})."
             )
         probes = self.extract(torch.zeros(1, *shape, device="cpu"))
