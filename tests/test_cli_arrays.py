@@ -72,9 +72,11 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
     command = [*sample, "--out", str(tmp_path / "y.npy"), "--overwrite", "--condition", str(tmp_path / "x.h5")]
     assert main(command) == 0
     assert np.array_equal(np.load(tmp_path / "y.npy"), written["x"])
-    assert (
-        main([*sample, "--out", str(tmp_path / "many"), "-n", "5", "--condition", "0.3,0.7", "--batch-size", "4"]) == 0
-    )
+    capsys.readouterr()
+    many = [*sample, "--out", str(tmp_path / "many"), "--condition", "0.3,0.7", "--batch-size", "4"]
+    assert main([*many, "-n", "4"]) == main([*many, "-n", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert all(each in printed for each in ("\n4 samples in ", "\n4 of 5 samples exist already\n", "\n1 sample in "))
     assert np.allclose(read_samples(tmp_path / "many", 5), written["x"], rtol=1e-4)
     assert main([*sample, str(tmp_path / "plot.png"), "-n", "5", "--guidance", "2", "--condition", "0.3,0.7"]) == 0
     with Image.open(tmp_path / "plot.png") as plot:

@@ -213,6 +213,7 @@ def _pictures(name: str, n: int) -> list[Path]:
 def _fill(args: argparse.Namespace, job: Job) -> None:
     """Draws the missing images of a folder."""
     process, sheet, pictures = this_process(), args.out / "sheet.png", draws_pictures(job.sampler.net)
+    word = "image" if pictures else "sample"
     check_folder_name(args.out)
     if pictures:
         check_picture(sheet)  # before the work
@@ -222,7 +223,8 @@ def _fill(args: argparse.Namespace, job: Job) -> None:
     sampler = prepared(job.sampler)
     if process.rank == 0 and samples.found:
         again = samples.missing + samples.found - args.n  # of batches that are not complete
-        print(f"{samples.found} of {count(args.n)} exist already" + (f"; {again} are drawn again" if again else ""))
+        note = f"; {again} are drawn again" if again else ""
+        print(f"{samples.found} of {count(args.n, word)} exist already{note}")
     if samples.missing:
         announce(sampler, samples.missing, job.condition_of(range(1)))
     begin = time.perf_counter()
@@ -230,7 +232,7 @@ def _fill(args: argparse.Namespace, job: Job) -> None:
     if process.rank > 0:
         return
     if samples.missing:
-        print(f"{count(samples.missing)} in {time.perf_counter() - begin:.1f} s")
+        print(f"{count(samples.missing, word)} in {time.perf_counter() - begin:.1f} s")
     if not pictures:
         print(args.out)
         return
