@@ -116,6 +116,9 @@ def test_a_sampler_that_restores_has_not_the_settings_for_drawing():
     assert len(recommended_sampler(net, restore="shift", calls=7)) == 7
     with pytest.raises(ValueError, match="calls must be an integer of at least 2, got 1"):
         recommended_sampler(net, restore="shift", calls=1)
+    for restore in ("shift", None):
+        with pytest.raises(ValueError, match=r"calls and levels cannot be combined\. Leave out one\."):
+            recommended_sampler(net, restore=restore, calls=7, levels=400)
     assert repr(ODESampler(net, method="heun", levels=4, restore="shift")).endswith(
         "heun, restore shift, 7 network calls)"
     )

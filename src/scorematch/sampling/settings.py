@@ -178,7 +178,7 @@ def recommended_sampler(
             ``ODESampler(net, restore=restore)``, unless the network was trained to restore.
         calls: the largest number of network calls per image: of the settings and their alternatives, those with the
             most calls up to this number are used. It must be in the range of their calls, or with ``restore`` at least
-            2. None uses the settings themselves.
+            2. It cannot be combined with ``levels``. None uses the settings themselves.
         restore: the method with which measurements are restored, see ``Sampler``; None draws.
         levels: the number of noise levels, at least 2; None uses that of the settings.
         sigma_max: the highest noise level, in the units of x; None uses that of the settings.
@@ -189,16 +189,18 @@ def recommended_sampler(
         A sampler of ``net``, of the class that ``settings.sampler`` names.
 
     Raises:
-        ValueError: if the sampler rejects an option, ``calls`` is below or above those of all stored settings, or
-            ``net`` is a plain function, which has no noise levels.
+        ValueError: if the sampler rejects an option, ``calls`` is below or above those of all stored settings or
+            given with ``levels``, or ``net`` is a plain function, which has no noise levels.
 
     Example:
         >>> from scorematch import ScoreNet
         >>> recommended_sampler(ScoreNet.from_pretrained("mnist"))
         AnnealedLangevinSampler(100 levels 16.9 -> 0.01, 1 step, step 5e-05, consistent, 100 network calls)
     """
+    if calls is not None and levels is not None:
+        raise ValueError(f"{argument('calls')} and {argument('levels')} cannot be combined. Leave out one.")
     if settings is None and restoring_method(net, restore) is not None:
-        if calls is not None and levels is None:
+        if calls is not None:
             levels = check_count("calls", calls, 2)
         settings, calls = SamplerSettings("ode"), None
     settings = attribute(net, "sampler_settings") if settings is None else settings
