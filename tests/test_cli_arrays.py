@@ -97,7 +97,7 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
         (("x.npz", "--condition", "a"), "--condition must be numbers, such as 0.3,0.7, or a file .* got 'a'"),
         (("x.npz", "--class", "1"), "--class is for class-conditional networks"),
         (("x.npz", "--guidance", "2"), "--guidance needs a condition. Add --condition with 2 values"),
-        (("x.txt",), "the file must end in .npz or .npy, or for a plot in .png"),
+        (("x.txt",), r"the file must end in .npz or .npy, or for a plot in .png.*x\.txt\. Write .*x\.npz, or --out"),
         (("x.png", "--columns", "2"), "--columns is for pictures, and .* draws other data"),
         (("DAMAGED.npy/x.npz",), "cannot be written to: .*DAMAGED.npy is not a folder"),
     ],

@@ -149,7 +149,8 @@ def test_the_measurements_are_not_replaced_by_their_restorations(folder, capsys)
 
 def test_bad_names_of_the_file_are_refused(folder, capsys):
     command = ["restore", str(folder / "net"), str(folder / "gaps.npy")]
-    assert "write a file .npz or .npy" in refused([*command, str(folder / "out"), "--sigma", "1"], capsys)
+    error = refused([*command, str(folder / "out.csv"), "--sigma", "1"], capsys)
+    assert f"a file .npz or .npy, got {folder / 'out.csv'}. Write {folder / 'out.npz'}." in error
     error = refused([*command, str(folder / "out.npy"), "--sigma", "1", "--uncertainty"], capsys)
     assert "--uncertainty writes several arrays" in error
     error = refused([*command, str(folder / "x.npy" / "out.npz"), "--sigma", "1"], capsys, unprinted="network calls")

@@ -152,8 +152,8 @@ def _draw_values(args: argparse.Namespace, job: Job) -> None:
     path = Path(args.picture).expanduser()
     if path.suffix.lower() not in (*_ARRAYS, *_PLOTS):
         raise ValueError(
-            f"the file must end in .npz or .npy, or for a plot in {', '.join(_PLOTS)}, got {path}. Write {path}.npz, "
-            "or --out FOLDER for many samples."
+            f"the file must end in .npz or .npy, or for a plot in {', '.join(_PLOTS)}, got {path}. Write "
+            f"{path.parent / path.stem}.npz, or --out FOLDER for many samples."
         )
     if _PATTERN.search(path.name):
         raise ValueError(f"{args.picture} is a pattern, which is for pictures. Name one file, or write --out FOLDER.")

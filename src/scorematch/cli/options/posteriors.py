@@ -38,7 +38,10 @@ def restore_arrays(args: argparse.Namespace) -> None:
     path, out = Path(args.pictures).expanduser(), args.folder
     refuse(args, _OF_PICTURES, "is for pictures")
     if out.suffix.lower() not in _ENDINGS:
-        raise ValueError(f"the restorations of an array are an array: write a file .npz or .npy, such as {out}.npz.")
+        raise ValueError(
+            f"the restorations of an array are an array, a file .npz or .npy, got {out}. Write "
+            f"{out.parent / out.stem}.npz."
+        )
     if args.uncertainty and out.suffix.lower() != ".npz":
         raise ValueError(f"--uncertainty writes several arrays. Write them to a file {out.with_suffix('.npz')}.")
     if path.resolve() == out.resolve():
