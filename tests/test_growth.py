@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from scorematch import NoiseSchedule, ScoreNet
+from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.cli import main
 from scorematch.core.randomness import seed_of
 from scorematch.data import open_images
@@ -255,6 +255,23 @@ def test_the_time_of_the_optimizer_counts_once_for_a_batch(monkeypatch):
     for processes in (1, 2):
         accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=processes)
         assert speed.seconds_per_image(net(), open_images(images()), settings, accelerator) == [processes * 4 / 8]
+
+
+@pytest.mark.parametrize(("fixed", "expected"), [(0.1, (0.1 + 8 * 0.01) / 8), (1, 1 + 0.01)])
+def test_a_fast_network_is_timed_with_the_whole_batch_and_a_slow_one_with_few_images(monkeypatch, fixed, expected):
+    """With few images the fixed cost of a step counted for each: runs of given hours had far fewer images than fit."""
+    now = [0.0]
+
+    def loss(net, x, **options):
+        now[0] += fixed + 0.01 * len(x)
+        return dsm_loss(net, x, **options)
+
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(speed, "dsm_loss", loss)
+    monkeypatch.setattr(speed, "_TIMED_VALUES", 1)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    settings = TrainSettings(images=64, batch_size=8)
+    assert speed.seconds_per_image(net(), open_images(images()), settings, accelerator) == [pytest.approx(expected)]
 
 
 @pytest.mark.slow

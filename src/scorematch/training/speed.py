@@ -26,7 +26,8 @@ from scorematch.training.record import length_of
 from scorematch.training.settings import Settings, TrainSettings
 from scorematch.training.steps import TrainingState, loss_arguments
 
-_TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
+# On a CPU the step that is timed has so many values in its images, or more if it takes less than so many seconds.
+_TIMED_VALUES, _TIMED_SECONDS = 2**16, 0.5
 _FEWEST_STEPS = 100  # of a run of given hours
 
 
@@ -82,7 +83,7 @@ def mean_seconds(seconds: Sequence[float], stages: Sequence[Stage]) -> float:
 def seconds_per_image(net: ScoreNet, data: Data, settings: TrainSettings, accelerator: Any) -> list[float]:
     """The measured seconds of a step per image on one device with a batch of its own, in each stage.
 
-    On a CPU the forward and the backward pass are measured on a part of the batch.
+    On a CPU the forward and the backward pass of a slow network are measured on a part of the batch.
     """
     measured = []
     with global_generators(accelerator.device):  # dropout draws from them
@@ -110,22 +111,27 @@ def _update_seconds(net: ScoreNet, settings: Settings) -> float:
 
 def _gradient_seconds(net: ScoreNet, data: Data, settings: Settings, accelerator: Any) -> float:
     device, batch_size = accelerator.device, settings.batch_size // accelerator.num_processes
-    most = _TIMED_VALUES // math.prod(data.shape) if device.type == "cpu" else batch_size
-    n = max(1, min(most, settings.microbatch or batch_size, batch_size))
-    n = min(n, len(data))
+    most = max(1, min(settings.microbatch or batch_size, batch_size, len(data)))
+    n = min(most, max(1, _TIMED_VALUES // math.prod(data.shape))) if device.type == "cpu" else most
+    while True:
+        seconds = _step_seconds(net, data, settings, device, n)
+        if n == most or seconds > _TIMED_SECONDS:
+            return seconds / n
+        n = min(most, 4 * n)
+
+
+def _step_seconds(net: ScoreNet, data: Data, settings: Settings, device: torch.device, n: int) -> float:
+    """The seconds of the forward and the backward pass of n images."""
     images, condition = data.read(torch.arange(n, device="cpu"))
     x = to_float(images).to(device)
     arguments = loss_arguments(settings, x, given_of(net, condition, settings), seed=0)
-
-    def step() -> None:
+    for _ in range(2):  # the first prepares the kernels
+        begin = time.perf_counter()
         with autocast(device, settings.precision):
             loss = dsm_loss(net, x, generator=0, **arguments)
         loss.backward()
         last = next(parameter.grad for parameter in net.parameters() if parameter.grad is not None)
         last.sum().item()  # waits for the device
         net.zero_grad(set_to_none=True)
-
-    step()  # the first call prepares the kernels
-    begin = time.perf_counter()
-    step()
-    return (time.perf_counter() - begin) / n
+        seconds = time.perf_counter() - begin
+    return seconds
