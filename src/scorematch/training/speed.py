@@ -26,7 +26,7 @@ from scorematch.training.record import length_of
 from scorematch.training.settings import Settings, TrainSettings
 from scorematch.training.steps import TrainingState, loss_arguments
 
-# On a CPU the step that is timed has so many values in its images, or more if it takes less than so many seconds.
+# On a CPU a step on images with this many values is timed; if it takes less than these seconds, four times as many are.
 _TIMED_VALUES, _TIMED_SECONDS = 2**16, 0.5
 _FEWEST_STEPS = 100  # of a run of given hours
 
