@@ -947,7 +947,7 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
         (["--operator", "pool:2", "--class", "1"], "--class is for class-conditional networks"),
         (["--operator", "pool:2,invert"], "--operator must be pool:SIZE, such as pool:4, got 'pool:2,invert'"),
         (["--operator", "jpeg:0"], "--operator must be jpeg:QUALITY, such as jpeg:5, got 'jpeg:0': quality must be an"),
-        (["--operator", "hole"], "/a.png: hole has a random mask for each image. Write mask:FILE"),
+        (["--operator", "hole"], "/a.png: hole has a random mask .* Write mask:FILE for .*restore --degrade"),
         (["--operator", "mask:~$x/a.png"], r"the home folder of ~\$x/a.png is not known"),
     ],
 )

@@ -617,7 +617,7 @@ def test_one_picture_is_one_image(faces, tmp_path, capsys):
         (("--device", "mps"), "--device mps is not available: Accelerate uses cpu"),
         (
             ("--batch-size", "13"),
-            r"a batch of 13 is more than the 12 images of the data\. Pass --batch-size 12 or less",
+            r"a batch of 13 is more than the 12 samples of the data\. Pass --batch-size 12 or less",
         ),
         (
             ("--recipe", "ncsn-cifar10", "--image-size", "13"),

@@ -680,7 +680,7 @@ def check(net, data, **settings):
         ),
         (
             lambda: check(points_net(), points(), batch_size=65),
-            "a batch of 65 is more than the 64 images of the data. Pass batch_size=64",
+            "a batch of 65 is more than the 64 samples of the data. Pass batch_size=64",
         ),
         (
             lambda: check(points_net(), points(), levels=3),

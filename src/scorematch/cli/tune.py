@@ -86,6 +86,9 @@ def _run(args: argparse.Namespace) -> None:
         refuse(args, ("held_out", "classes", "n_classes", "weight", "interval", "rescale"), "is not for --restore")
     with about("--restore"):
         args.restore = args.restore and list(map(read_operator, args.restore))  # raises before the network is loaded
+    if args.learn and max(args.learn) > args.calls:
+        most = max(args.learn)
+        raise ValueError(f"--learn {most} is more than --calls {args.calls}, the largest number. Write --calls {most}.")
     check_sources(args.reference, args.held_out)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)
@@ -108,8 +111,7 @@ def _run(args: argparse.Namespace) -> None:
     if data is None:
         options["features"] = options["features"][0] if options["features"] else []
     settings = settings_table(net, args.calls)
-    counts = [each for each in args.learn or () if each <= args.calls]
-    if counts:
+    if args.learn:
         images, condition = None, None
         if data is not None:
             images = some_values_of(data, 4096, args.seed)
@@ -117,8 +119,8 @@ def _run(args: argparse.Namespace) -> None:
         elif not args.restore:
             images = first_images(args.reference, net.sample_shape, crop=options["crop"])
         fitted = {"condition": condition, "seed": args.seed, "progress": not args.quiet}
-        settings += settings_learned(net, counts, out=args.out, **fitted)
-        settings += settings_of_paths(net, counts, **fitted) + settings_with_few_calls(net, counts, images)
+        settings += settings_learned(net, args.learn, out=args.out, **fitted)
+        settings += settings_of_paths(net, args.learn, **fitted) + settings_with_few_calls(net, args.learn, images)
     samplers = samplers_within(net, settings, args.calls)
     if this_process().rank == 0:
         calls = sum(map(len, samplers.values())) * len(args.restore or [""])

@@ -215,7 +215,8 @@ class RandomMask(SameShape):
     def measure(self, x: Tensor) -> Tensor:
         """It has no measurement before the masks are drawn."""
         raise ValueError(
-            f"{self} has a random mask for each image. Write mask:FILE, or in Python {self!r}.drawn(x, seeds)."
+            f"{self} has a random mask for each image. Write mask:FILE for a known mask. To damage whole images with a "
+            f"drawn mask, write scorematch restore --degrade, or in Python {self!r}.drawn(x, seeds)."
         )
 
 

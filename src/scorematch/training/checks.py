@@ -38,7 +38,7 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
     if len(data) < settings.batch_size:
         most = argument("batch_size", len(data)) + (" or less" if len(data) > 1 else "")
         raise ValueError(
-            f"a batch of {settings.batch_size} is more than the {len(data)} images of the data. Pass {most}."
+            f"a batch of {settings.batch_size} is more than the {len(data)} samples of the data. Pass {most}."
         )
     if settings.batch_size % processes:
         raise ValueError(
