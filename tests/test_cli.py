@@ -153,7 +153,7 @@ def test_options_may_precede_an_optional_argument(options, name, value):
         ),
         (["sample", "mnist", "x.png", "--steps", "10"], "--steps 10. Write --calls 8, or .* See .* sample --help"),
         (["sample", "mnist", "-n", "4", "x.png", "y.png"], "unrecognized arguments: (x.png )?y.png."),
-        (["evaluate", "mnist", "--reference", "x"], "--reference x. Write the real images after what is measured, "),
+        (["evaluate", "mnist", "--reference", "x"], "--reference( x)?. Write the real images after what is measured, "),
         (["restore", "mnist", "x.png", "y", "--mask", "m.png"], "--mask m.png. Write --operator mask:FILE. See"),
         (["train", "x", "--out", "y", "--learning-rate", "1"], "--learning-rate 1. Write --lr 1e-4. See"),
         (["sample", "mnist", "x.png", "--calss", "3"], "--calss 3. The nearest option is --class. See"),
