@@ -1,5 +1,6 @@
 """Runs the documentation: the code blocks of the pages, and the doctests of the package."""
 
+import argparse
 import doctest
 import importlib
 import inspect
@@ -346,6 +347,20 @@ def test_every_example_of_a_docstring_is_found():
 def test_code_of_the_pages_compiles(page):
     for block in _blocks(page, "python"):
         compile(block, str(page), "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_of_the_pages_are_those_of_the_parsers(page):
+    """A line of a block is parsed; a command in a sentence, or with a word such as FILE, must have these options."""
+    parser, text = cli._parsers("scorematch")[0], page.read_text(encoding="utf-8").replace("\\\n", " ")
+    (commands,) = (each.choices for each in parser._actions if isinstance(each, argparse._SubParsersAction))
+    lines = re.findall(r"^[ $]*(?:.* -m )?scorematch (\w.*?)(?: (?:[#|>;]|&&).*)?$", text, re.MULTILINE)
+    for line in [*lines, *re.findall(r"`(?:scorematch )?((?:train|sample|restore|evaluate|tune) [^`]+)`", text)]:
+        words = shlex.split(line)
+        if line in lines and not any(word.isupper() for word in words):
+            parser.parse_args(words)
+        options = {word.partition("=")[0] for word in words if re.match("--[a-z]", word)}
+        assert options <= set(commands[words[0]]._option_string_actions), line
 
 
 def test_the_readme_begins_with_commands_for_a_picture_and_the_tests():
