@@ -357,7 +357,7 @@ def test_wrong_arguments_of_tune_are_refused(folder, capsys):
             (network, *reference, "--features", "pixels", "--cache", "a", "--no-cache"),
             "--cache and --no-cache cannot be combined. Leave out one.",
         ),
-        ((network, *reference, "--calls", 5, "--learn", 4, 6), "--learn 6 is more than --calls 5"),
+        ((network, *reference, "--calls", 5, "--learn", 4, 6), "--learn 6 has more network calls than --calls 5."),
         (("nothing", *reference), "'nothing' is not the short name of a network"),
         ((network, *reference, "--by", "rmse"), "by must be one of 'frechet', 'kernel' for pictures, got 'rmse'"),
         ((network, *reference, "--restore", "pool:2", "--class", 1), "--class is not for --restore. Leave it out."),

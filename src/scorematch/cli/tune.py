@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> None:
         args.restore = args.restore and list(map(read_operator, args.restore))  # raises before the network is loaded
     if args.learn and max(args.learn) > args.calls:
         most = max(args.learn)
-        raise ValueError(f"--learn {most} is more than --calls {args.calls}, the largest number. Write --calls {most}.")
+        raise ValueError(f"--learn {most} has more network calls than --calls {args.calls}. Write --calls {most}.")
     check_sources(args.reference, args.held_out)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)
