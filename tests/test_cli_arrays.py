@@ -267,6 +267,14 @@ def test_a_network_is_evaluated_with_the_conditions_of_the_reference():
         evaluate(sampler, x, **options)
 
 
+def test_a_reference_without_the_vectors_of_the_network_is_refused(tmp_path, capsys):
+    network_for((2,), condition_features=3).save_pretrained(tmp_path / "net")
+    np.save(tmp_path / "x.npy", _data((2,)))
+    argv = ["tune", tmp_path / "net", "--reference", tmp_path / "x.npy", "-n", 8, "--calls", 18, "--quiet"]
+    error = refused(argv, capsys)
+    assert "takes a vector of 3 values as its condition, and" in error and "as the array condition, (N, 3)." in error
+
+
 @pytest.mark.slow
 def test_a_single_vector_of_large_values_is_shown(tmp_path):
     save_plot(torch.tensor([[1e6, -3e9]]), tmp_path / "plot.svg")

@@ -732,7 +732,8 @@ def test_ema_of_a_folder_without_a_run_gives_an_error(tmp_path, capsys):
 
 # -- Measurements -----------------------------------------------------------------------------------------------------
 
-STAGES = ("--sigma", "0.1", "--stages", "1", "--images", "16", "--batch-size", "8", "--recipe", "tiny", "--quiet")
+STAGES = ("--sigma", "0.1", "--stages", "1", "--images", "16", "--batch-size", "8", "--quiet")
+TINY = ("--recipe", "tiny")
 
 
 @pytest.fixture
@@ -748,14 +749,14 @@ def damaged(tmp_path):
 
 @pytest.mark.slow
 def test_pictures_with_masks_train_a_prior(damaged, tmp_path):
-    options = ("--out", str(tmp_path / "out"), "--observed-where", str(tmp_path / "masks"), *STAGES)
+    options = ("--out", str(tmp_path / "out"), "--observed-where", str(tmp_path / "masks"), *STAGES, *TINY)
     assert main(["train", str(damaged), *options]) == 0
     net = ScoreNet.from_pretrained(tmp_path / "out/network")
     assert (net.sample_shape, net.value_range) == ((3, 16, 16), (0, 1))
 
 
 def test_pictures_and_their_masks_are_read_in_the_same_order(damaged, tmp_path, capsys):
-    options = ("--out", str(tmp_path / "out"), "--observed-where", str(tmp_path / "masks"), *STAGES)
+    options = ("--out", str(tmp_path / "out"), "--observed-where", str(tmp_path / "masks"), *STAGES, *TINY)
     assert main(["train", str(damaged), *options, "--stages", "1", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "12 measurements of shape (3, 16, 16)" in printed and "training  1 stage of " in printed
@@ -800,7 +801,7 @@ def test_arrays_with_gaps_train_a_prior_in_their_own_units(tmp_path, capsys):
 def test_measurements_that_do_not_fit_are_refused(damaged, tmp_path, monkeypatch, capsys, change, options, message):
     change(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "damaged", "--out", "out", *STAGES, *options]) == 2
+    assert main(["train", "damaged", "--out", "out", *STAGES, *TINY, *options]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -816,7 +817,16 @@ def test_measurements_that_do_not_fit_are_refused(damaged, tmp_path, monkeypatch
         ({"y": np.zeros((8, 2))}, ["--observed-where", "masks"], "--observed-where is for a folder of pictures"),
         ({"y": np.zeros((8, 2))}, ["--channels", "3"], "--channels is for pictures with --observed-where"),
         ({"y": np.zeros((8, 2))}, ["--padding", "circular"], "--padding is for signals, fields and volumes, and these"),
-        ({"y": np.zeros((8, 1, 8, 8))}, ["--padding", "circular"], "--padding is for a new network of data that are"),
+        (
+            {"y": np.zeros((8, 2))},
+            [*TINY],
+            "--recipe is for pictures, and y.npz has measurements of samples of shape (2,)",
+        ),
+        (
+            {"y": np.zeros((8, 1, 8, 8))},
+            [*TINY, "--padding", "circular"],
+            "--padding is for a new network of data that are",
+        ),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(tmp_path, monkeypatch, capsys, arrays, options, message):

@@ -310,6 +310,8 @@ def _run_stages(args: argparse.Namespace, recipe: Recipe) -> None:
     shape = tuple(observation.y.shape[1:])
     if args.observed_where is None:
         refuse(args, ["channels"], "is for pictures with --observed-where")
+    if len(shape) != 3:
+        refuse(args, ["recipe"], f"is for pictures, and {args.data} has measurements of samples of shape {shape}")
     pictures = len(shape) == 3 and (args.observed_where is not None or args.recipe is not None)
     if pictures or args.start is not None:
         refuse(args, ["padding"], "is for a new network of data that are not pictures")
