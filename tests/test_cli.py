@@ -29,7 +29,7 @@ from scorematch.data import read_image, save_image
 from scorematch.demo.restorer import Restorer
 from scorematch.pretrained import cards
 from scorematch.restoration import OPERATORS, AveragePool, Observation, Operator, Uncrop
-from scorematch.sampling import ParticleSampler, SamplerSettings
+from scorematch.sampling import ParticleSampler, Sampler, SamplerSettings
 from tests.helpers import refused
 
 
@@ -865,6 +865,20 @@ def test_restore_draws_a_half_of_each_picture_also_between_a_blur_and_a_mask(fol
     assert _restore(folder, pictures / "b.png", tmp_path / "b", *options) == 0
     together, alone = (read_image(tmp_path / out / "b-1.png", 1) for out in ("all", "b"))
     torch.testing.assert_close(together, alone, rtol=0, atol=1.01 / 255)
+
+
+def test_restore_draws_a_hole_in_each_picture_and_restores_all_together(folder, pictures, tmp_path, monkeypatch):
+    drawn, sample = [], Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", lambda *args, **each: drawn.append(sample(*args, **each)) or drawn[-1])
+    options = ("--operator", "hole", "--degrade", "--levels", "2")
+    assert _restore(folder, pictures, tmp_path / "all", *options) == 0
+    assert [len(images) for images in drawn] == [4]  # two of each picture
+    assert _restore(folder, pictures / "b.png", tmp_path / "b", *options) == 0
+    together, alone = (read_image(tmp_path / out / "b-1.png", 1) for out in ("all", "b"))
+    torch.testing.assert_close(together, alone, rtol=0, atol=1.01 / 255)
+    whole = read_image(pictures / "b.png", 1)
+    hidden = read_image(tmp_path / "all" / "b-strip.png", 1)[:, 2:10, 2:10] != whole
+    assert 0 < hidden.sum() < 64 and torch.equal(together[~hidden], whole[~hidden])
 
 
 @pytest.mark.parametrize("end", ["", ",invert"])

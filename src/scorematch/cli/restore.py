@@ -286,6 +286,8 @@ class _Picture:
         operator, common = observation.operator, (observation.y.shape, observation.sigma)
         if operator is self._given:
             return self.photo.tile, common
+        if isinstance(operator, Mask):  # ``_restore`` has one for each picture
+            return self.photo.tile, (Mask, common)
         # Without a gain the mask is not that of all parts, such as those that were drawn for this picture.
         if operator.text() is None and (operator.mask is None or operator.gain is None):
             return self.photo.tile, self.path
@@ -341,18 +343,22 @@ class _Picture:
 
 
 def _restore(args: argparse.Namespace, sampler: Sampler, pictures: list[_Picture], label: int | None) -> None:
-    """Restores pictures with one operator in one call of the sampler, and writes the results.
+    """Restores pictures with one operator, or with masks, in one call of the sampler, and writes the results.
 
     Each restoration has its own generator, and does not depend on the other pictures.
     """
     folder, given = args.folder, pictures[0].photo.observation
+    operator = given.operator
+    if isinstance(operator, Mask) and len(pictures) > 1:
+        masks = [picture.photo.observation.operator.mask.expand_as(given.y) for picture in pictures]
+        operator = Mask(torch.cat(masks).repeat_interleave(args.n, 0))
     y = torch.cat([picture.photo.observation.y for picture in pictures]).repeat_interleave(args.n, 0)
     seeds = [seed_of(args.seed, "restoration", picture.path.stem, k) for picture in pictures for k in range(args.n)]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     condition: Any = label
     if takes_image(sampler.net):
-        condition = with_image(condition_of(given.operator, y, generators), label, sampler.net)
-    observation = Observation(given.operator, y, given.sigma)
+        condition = with_image(condition_of(operator, y, generators), label, sampler.net)
+    observation = Observation(operator, y, given.sigma)
     options = {"condition": condition, "generator": generators, "batch_size": args.batch_size}
     notes = [""] * len(pictures)
     if isinstance(sampler, ParticleSampler):
