@@ -350,7 +350,8 @@ def _restore(args: argparse.Namespace, sampler: Sampler, pictures: list[_Picture
     folder, given = args.folder, pictures[0].photo.observation
     operator = given.operator
     if isinstance(operator, Mask) and len(pictures) > 1:
-        masks = [picture.photo.observation.operator.mask.expand_as(given.y) for picture in pictures]
+        operators = [picture.photo.observation.operator for picture in pictures]
+        masks = [each.mask.expand_as(given.y) for each in operators if isinstance(each, Mask)]
         operator = Mask(torch.cat(masks).repeat_interleave(args.n, 0))
     y = torch.cat([picture.photo.observation.y for picture in pictures]).repeat_interleave(args.n, 0)
     seeds = [seed_of(args.seed, "restoration", picture.path.stem, k) for picture in pictures for k in range(args.n)]
