@@ -21,6 +21,7 @@ from scorematch.evaluation.per_image import choose
 from scorematch.evaluation.reference import open_for, read_batches, shown
 from scorematch.evaluation.restored_images import RESTORATION, RESTORED, Restoring, identified
 from scorematch.evaluation.subject import conditions_of
+from scorematch.nets.blocks import without_trained_null
 from scorematch.restoration.operator import Operator
 from scorematch.sampling import Sampler
 from scorematch.sampling.bulk import bulk_samples
@@ -88,6 +89,12 @@ def of_arrays(
     evaluator = ArrayEvaluator(data, [by])
     evaluator.check(n, attribute(net, "sample_shape") or ())
     condition = conditions_of(data, net, n, drawing["seed"], drawing["classes"])
+    backbone, takes = attribute(net, "backbone"), attribute(net, "conditioning")
+    if condition is None and backbone is not None and without_trained_null(backbone):
+        raise ValueError(
+            f"the network takes a vector of {takes.vector} values as its condition, and {data.name} has none. Add the "
+            f"vectors of all samples as the array condition, (N, {takes.vector})."
+        )
 
     def measure(sampler: Sampler) -> Figures:
         batches = (batch.images for batch in bulk_samples(sampler, n, condition=condition, **drawing))

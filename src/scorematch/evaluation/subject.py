@@ -19,7 +19,6 @@ from scorematch.data.pictures import ENDINGS, is_picture, to_float, to_uint8
 from scorematch.data.samples import read_samples, stored_samples, stored_settings
 from scorematch.evaluation.per_image import choose
 from scorematch.evaluation.reference import read_batches
-from scorematch.nets.blocks import without_trained_null
 from scorematch.pretrained import cards
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.diffusers import INDEX_FILE
@@ -185,12 +184,6 @@ def conditions_of(data: ArrayData, net: Any, n: int, seed: int, classes: Classes
     parts = named_parts(data.read(order[torch.arange(n, device="cpu") % len(order)])[1], takes)
     kept = set(takes.parts()) - ({"class"} if classes is not None else set())
     found = {name: part for name, part in parts.items() if name in kept}
-    backbone = attribute(net, "backbone")
-    if "features" in kept - set(found) and backbone is not None and without_trained_null(backbone):
-        raise ValueError(
-            f"the network takes a vector of {takes.vector} values as its condition, and {data.name} has none. Add the "
-            f"vectors of all samples as the array condition, (N, {takes.vector})."
-        )
     return found or None if len(takes.parts()) > 1 else next(iter(found.values()), None)
 
 
