@@ -272,7 +272,7 @@ def test_a_reference_without_the_vectors_of_the_network_is_refused(tmp_path, cap
     np.save(tmp_path / "x.npy", _data((2,)))
     argv = ["tune", tmp_path / "net", "--reference", tmp_path / "x.npy", "-n", 8, "--calls", 18, "--quiet"]
     error = refused(argv, capsys)
-    assert "takes a vector of 3 values as its condition, and" in error and "as the array condition, (N, 3)." in error
+    assert "takes a vector as its condition, and x has none. Add the vectors of all samples, np.savez(FILE, x=" in error
 
 
 @pytest.mark.slow

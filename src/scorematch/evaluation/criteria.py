@@ -89,11 +89,11 @@ def of_arrays(
     evaluator = ArrayEvaluator(data, [by])
     evaluator.check(n, attribute(net, "sample_shape") or ())
     condition = conditions_of(data, net, n, drawing["seed"], drawing["classes"])
-    backbone, takes = attribute(net, "backbone"), attribute(net, "conditioning")
+    backbone = attribute(net, "backbone")
     if condition is None and backbone is not None and without_trained_null(backbone):
         raise ValueError(
-            f"the network takes a vector of {takes.vector} values as its condition, and {data.name} has none. Add the "
-            f"vectors of all samples as the array condition, (N, {takes.vector})."
+            f"the network takes a vector as its condition, and {data.name} has none. Add the vectors of all samples, "
+            "np.savez(FILE, x=x, condition=vectors)."
         )
 
     def measure(sampler: Sampler) -> Figures:
