@@ -12,6 +12,7 @@ DOCS = Path(__file__).parent
 CAPTIONS = {
     "mnist-classes": "Four samples of each class, with guidance of weight 1.5:",
     "cifar10-small": "Four samples of each class, with rescaled guidance of weight 2.5:",
+    "celeba-small": "Samples of `AnnealedLangevinSampler(net)`, with 50 network calls:",
     "palette-mnist": "In each half of a row: a degraded image, six restorations, and the original, drawn by `mnist`.",
     "palette-celeba": (
         "In each half of a row: a degraded image, six restorations, and the original, drawn by `celeba-small`."
