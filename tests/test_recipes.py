@@ -138,6 +138,10 @@ def test_growing_has_fewer_stages_for_fewer_images():
         assert len(settings.stages()) == stages and settings.total == pytest.approx(images, abs=3 * 64)
     assert [stage.lr for stage in settings.stages()] == [5e-3, 2.5e-3, 2.5e-3]
     assert all(stage.optimizer == "muon" and stage.fixed_norms for stage in settings.stages())
+    places = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    above = [float((stage.levels.quantile(places) > 3).double().mean()) for stage in settings.stages()]
+    first, second = (float(torch.special.ndtr(torch.tensor((mean - math.log(6)) / 1.2))) for mean in (-1.2, -1.5))
+    assert above == pytest.approx([first, second, 0.9 * second + 0.1 * math.log(40 / 3, 40)], abs=1e-4)
     short = growing(32).of_length(499_999)
     assert short.network["widths"] == (48, 96, 128) and "growth" not in short.training and short.training["fixed_norms"]
     assert growing(32).of_length(500_000).network["widths"] == (64, 128, 160)
@@ -300,7 +304,7 @@ def test_the_page_has_the_networks_of_growing_by_size(name):
     assert patch == f"{nets[0].backbone.patch} x {nets[0].backbone.patch}"
     assert pixels == ", ".join(str(net.config["pixel_channels"]) for net in nets)
     assert int(blocks) == 2 * nets[-1].config["pixel_layers"]
-    levels = [stage.levels for stage in TrainSettings(**recipe.options()).stages()]
+    levels = [getattr(stage.levels, "parts", [stage.levels])[0] for stage in TrainSettings(**recipe.options()).stages()]
     assert means == ", ".join(f"{level.mean + math.log(2):.1f}" for level in levels)
     counts = [sum(parameter.numel() for parameter in net.parameters()) for net in nets]
     assert parameters == ", ".join(f"{count:,}" for count in counts)

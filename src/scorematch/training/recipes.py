@@ -53,7 +53,7 @@ from scorematch.restoration.palette import TASKS, MultiTask
 from scorematch.sampling.settings import SamplerSettings
 from scorematch.score import ScoreNet
 from scorematch.training.growth import Stage
-from scorematch.training.levels import LogNormal, LogUniform, UniformTime
+from scorematch.training.levels import LevelMixture, LogNormal, LogUniform, UniformTime
 from scorematch.training.sampler import FAITHFUL
 
 
@@ -258,10 +258,12 @@ def growing(side: int) -> Recipe:
 
     Each stage has the optimizer Muon with fixed norms of the weights, a warm-up and a decay to zero, batches of 64, and
     averages of relative length 0.05 and 0.10. The logarithm of the levels, in units in which images are in [-1, 1], is
-    normal with this mean and deviation 1.2. A patch has the power of two, at least 2, for which the side is nearest to
-    16 patches: 2 to 45 px, 4 from 46 to 90 px. A run of less than 500,000 images has the first stage only, with the
-    widths 48, 96 and 128, and one of less than 1.2 million the first two, as a run of twice as many images has them.
-    The channels and the classes of the images change nothing else.
+    normal with this mean and deviation 1.2. In the third stage a tenth of the levels is log-uniform from 1 to 40, for
+    images in [0, 1]: of the others 0.5 % are above 3, too few for restorations of large missing parts. A patch has the
+    power of two, at least 2, for which the side is nearest to 16 patches: 2 to 45 px, 4 from 46 to 90 px. A run of less
+    than 500,000 images has the first stage only, with the widths 48, 96 and 128, and one of less than 1.2 million the
+    first two, as a run of twice as many images has them. The channels and the classes of the images change nothing
+    else.
 
     Args:
         side: the side of the images, or the shorter one, in pixels, at least 16.
@@ -278,7 +280,9 @@ def growing(side: int) -> Recipe:
     def levels(mean: float) -> LogNormal:
         return LogNormal(mean - math.log(2), 1.2)  # for images in [0, 1]
 
-    later = {"lr": 2.5e-3, "levels": levels(-1.3 if large else -1.5)}
+    most = levels(-1.3 if large else -1.5)
+    second = {"lr": 2.5e-3, "levels": most}
+    third = {**second, "levels": LevelMixture((most,) * 9 + (LogUniform(1, 40),))}  # restorations need high levels
     pixels = {"attention": (True,) * 3, "pixel_channels": 32 if large else 64}
     blocks = {"layers_per_block": (2, 2, 1), "pixel_layers": 3 if large else 2}
     recipe = Recipe(
@@ -296,7 +300,7 @@ def growing(side: int) -> Recipe:
             "lr": 5e-3,
             "fixed_norms": True,
             "levels": levels(-1.0 if large else -1.2),
-            "growth": (Stage(0.5, pixels, later, fewest=500_000), Stage(0.5, blocks, later, fewest=1_200_000)),
+            "growth": (Stage(0.5, pixels, second, fewest=500_000), Stage(0.5, blocks, third, fewest=1_200_000)),
         },
         of_side=growing,
     )
