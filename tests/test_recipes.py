@@ -138,16 +138,22 @@ def test_growing_has_fewer_stages_for_fewer_images():
         assert len(settings.stages()) == stages and settings.total == pytest.approx(images, abs=3 * 64)
     assert [stage.lr for stage in settings.stages()] == [5e-3, 2.5e-3, 2.5e-3]
     assert all(stage.optimizer == "muon" and stage.fixed_norms for stage in settings.stages())
-    places = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    above = [float((stage.levels.quantile(places) > 3).double().mean()) for stage in settings.stages()]
-    first, second = (float(torch.special.ndtr(torch.tensor((mean - math.log(6)) / 1.2))) for mean in (-1.2, -1.5))
-    assert above == pytest.approx([first, second, 0.9 * second + 0.1 * math.log(40 / 3, 40)], abs=1e-4)
     short = growing(32).of_length(499_999)
     assert short.network["widths"] == (48, 96, 128) and "growth" not in short.training and short.training["fixed_norms"]
     assert growing(32).of_length(500_000).network["widths"] == (64, 128, 160)
     assert RECIPES["tiny"].of_length(1) is RECIPES["tiny"]
     with pytest.raises(ValueError, match="growing is for images of at least 16 pixels, got 8"):
         growing(8)
+
+
+@pytest.mark.parametrize(("side", "means", "high"), [(32, (-1.2, -1.5, -1.5), 0), (64, (-1.0, -1.3, -1.3), 0.1)])
+def test_the_last_stage_of_growing_has_high_levels_for_larger_images(side, means, high):
+    places = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    stages = TrainSettings(**growing(side).options()).stages()
+    above = [float((stage.levels.quantile(places) > 3).double().mean()) for stage in stages]
+    expected = [float(torch.special.ndtr(torch.tensor((mean - math.log(6)) / 1.2))) for mean in means]
+    expected[2] = (1 - high) * expected[2] + high * math.log(40 / 3, 40)
+    assert above == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_short_run_says_what_to_expect():

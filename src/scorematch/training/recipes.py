@@ -258,12 +258,12 @@ def growing(side: int) -> Recipe:
 
     Each stage has the optimizer Muon with fixed norms of the weights, a warm-up and a decay to zero, batches of 64, and
     averages of relative length 0.05 and 0.10. The logarithm of the levels, in units in which images are in [-1, 1], is
-    normal with this mean and deviation 1.2. In the third stage a tenth of the levels is log-uniform from 1 to 40, for
-    images in [0, 1]: of the others 0.5 % are above 3, too few for restorations of large missing parts. A patch has the
-    power of two, at least 2, for which the side is nearest to 16 patches: 2 to 45 px, 4 from 46 to 90 px. A run of less
-    than 500,000 images has the first stage only, with the widths 48, 96 and 128, and one of less than 1.2 million the
-    first two, as a run of twice as many images has them. The channels and the classes of the images change nothing
-    else.
+    normal with this mean and deviation 1.2. From 46 px on, a tenth of the levels of the third stage is log-uniform from
+    1 to 40, for images in [0, 1]: of the others 0.5 % are above 3, too few for restorations of large missing parts. A
+    patch has the power of two, at least 2, for which the side is nearest to 16 patches: 2 to 45 px, 4 from 46 to 90 px.
+    A run of less than 500,000 images has the first stage only, with the widths 48, 96 and 128, and one of less than 1.2
+    million the first two, as a run of twice as many images has them. The channels and the classes of the images change
+    nothing else.
 
     Args:
         side: the side of the images, or the shorter one, in pixels, at least 16.
@@ -282,7 +282,8 @@ def growing(side: int) -> Recipe:
 
     most = levels(-1.3 if large else -1.5)
     second = {"lr": 2.5e-3, "levels": most}
-    third = {**second, "levels": LevelMixture((most,) * 9 + (LogUniform(1, 40),))}  # restorations need high levels
+    high = LevelMixture((most,) * 9 + (LogUniform(1, 40),))  # restorations of large missing parts need them
+    third = {**second, "levels": high} if large else second
     pixels = {"attention": (True,) * 3, "pixel_channels": 32 if large else 64}
     blocks = {"layers_per_block": (2, 2, 1), "pixel_layers": 3 if large else 2}
     recipe = Recipe(
